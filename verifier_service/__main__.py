@@ -1,0 +1,179 @@
+"""`python -m verifier_service`: settings, model, engine on its thread, service."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import secrets
+import socket
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import grpc.aio
+import structlog
+
+from sparkrelay.device.kv_layout import UnsupportedModel
+from sparkrelay.device.thread import DeviceThread
+from sparkrelay.server import Lifecycle, run_service
+from sparkrelay.settings import load
+from sparkrelay.store import StoreError, resolve
+from sparkrelay.telemetry import configure_logging
+from sparkrelay.v1 import verifier_service_pb2, verifier_service_pb2_grpc
+from verifier_service.depth_policies import parse_depth_policy
+from verifier_service.engine import Engine, EngineSettings
+from verifier_service.events import Command, Event
+from verifier_service.host_memory import block_count, free_bytes
+from verifier_service.models import TargetModel
+from verifier_service.models.toy import toy_model
+from verifier_service.servicer import VerifierIdentity, VerifierServicer
+from verifier_service.settings import VerifierSettings
+
+log = structlog.get_logger(__name__)
+
+THREAD_STOP_S = 2.0
+SPIN_COUNT = (
+    "10000"  # libgomp's threads give the core back soon enough for the event loop and a drafter beside us
+)
+
+
+def main(argv: Sequence[str]) -> int:
+    settings = load(VerifierSettings, argv, prog="python -m verifier_service")
+    configure_logging(settings.log_level, settings.log_format, "verifier")
+    if (os.cpu_count() or 1) > 4:
+        os.environ.setdefault("GOMP_SPINCOUNT", SPIN_COUNT)  # read when torch is imported, which is later
+    return asyncio.run(_serve(settings))
+
+
+async def _serve(settings: VerifierSettings) -> int:
+    """Loads the model on the device thread, serves until told to end, and returns the exit code."""
+    lifecycle = Lifecycle()
+    device = _Device(settings, lifecycle)
+    try:
+        engine, model = await device.started()
+    except (StoreError, UnsupportedModel, ValueError, OSError) as error:
+        log.error("cannot start", name="verifier", reason=str(error))
+        return 1
+    info = model.info
+    identity = VerifierIdentity(
+        settings.verifier_id or f"{socket.gethostname()}-{settings.listen.rpartition(':')[2]}",
+        secrets.token_hex(8),
+        info,
+        settings.depth_policy,
+    )
+    servicer = VerifierServicer(
+        identity,
+        post=device.thread.post_all,
+        load=engine.load,
+        crashed=device.crashed,
+        now_s=time.monotonic,
+    )
+    device.servicer = servicer
+    log.info(
+        "target loaded",
+        model=info.model_id,
+        dtype=info.dtype,
+        exact=info.exact,
+        exact_reason=info.exact_reason,
+        numerics=info.numerics,
+        depth_policy=settings.depth_policy,
+        context_limit=info.context_limit,
+        block_count=engine.load().block_count,
+        block_tokens=info.block_tokens,
+        verifier_id=identity.verifier_id,
+        epoch=identity.epoch,
+    )
+
+    def add_services(server: grpc.aio.Server) -> None:
+        verifier_service_pb2_grpc.add_VerifierServiceServicer_to_server(servicer, server)
+        lifecycle.set_ready()
+
+    code = await run_service(
+        name="verifier",
+        settings=settings,
+        lifecycle=lifecycle,
+        add_services=add_services,
+        reflection_names=[verifier_service_pb2.DESCRIPTOR.services_by_name["VerifierService"].full_name],
+        on_drain=servicer.drain,
+    )
+    device.thread.stop(THREAD_STOP_S)
+    return code
+
+
+class _Device:
+    """The engine on its thread, from the loading of the model to a crash."""
+
+    def __init__(self, settings: VerifierSettings, lifecycle: Lifecycle) -> None:
+        self.servicer: VerifierServicer | None = None
+        self._settings = settings
+        self._lifecycle = lifecycle
+        self._loop = asyncio.get_running_loop()
+        self._ready: asyncio.Future[tuple[Engine, TargetModel]] = self._loop.create_future()
+        self.thread: DeviceThread[Command, Event] = DeviceThread(
+            self._make_engine, self._deliver, self.crashed, lambda: time.monotonic_ns() // 1000, name="engine"
+        )
+
+    async def started(self) -> tuple[Engine, TargetModel]:
+        """Raises what the loading raised."""
+        self.thread.start()
+        return await self._ready
+
+    def crashed(self, crash: BaseException) -> None:
+        """The engine is gone: before it was ready this is the reason not to start, afterwards the reason to end. Any thread."""
+        self._loop.call_soon_threadsafe(self._report, crash)
+
+    def _report(self, crash: BaseException) -> None:
+        if not self._ready.done():
+            self._ready.set_exception(crash)
+            return
+        log.error("the engine crashed", exc_info=crash)
+        message = f"the engine crashed: {type(crash).__name__}: {crash}"
+        if self.servicer is not None:
+            self.servicer.fail(message)
+        self._lifecycle.fail(message)
+
+    def _make_engine(self) -> Engine:
+        settings = self._settings
+        model = load_model(settings)
+        engine = Engine(
+            model,
+            EngineSettings(
+                block_count=block_count(model.info, settings.state_memory_mib, free_bytes()),
+                step_token_budget=settings.step_token_budget,
+                block_wait_us=settings.block_wait_ms * 1000,
+                max_sessions=settings.max_sessions,
+                max_queued_turns=settings.max_queued_turns,
+                context_limit=settings.context_limit,
+            ),
+            parse_depth_policy(settings.depth_policy),
+            lambda: time.monotonic_ns() // 1000,
+        )
+        self._loop.call_soon_threadsafe(self._ready.set_result, (engine, model))
+        return engine
+
+    def _deliver(self, events: Sequence[Event]) -> None:
+        assert self.servicer is not None, "no command was posted before there was a servicer"
+        self.servicer.deliver(events)
+
+
+def load_model(settings: VerifierSettings) -> TargetModel:
+    """The target of the settings. Raises StoreError, UnsupportedModel or ValueError, each with the next step."""
+    if settings.model.partition(":")[0] == "toy":
+        return toy_model(settings.model)
+    files = resolve(settings.model)
+    return _load_huggingface(settings, files.name, files.path)
+
+
+def _load_huggingface(settings: VerifierSettings, name: str, path: Path) -> TargetModel:
+    import torch
+
+    from verifier_service.models.huggingface import HuggingFaceModel
+
+    if settings.threads:
+        torch.set_num_threads(settings.threads)
+    return HuggingFaceModel.load(path, model_id=name, dtype=settings.dtype, exact=settings.exact)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

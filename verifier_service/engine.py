@@ -1,0 +1,348 @@
+"""The verifier's engine: commands in, one forward of the target, events out.
+
+    commands -> admission -> plan of the step -> forward -> verdicts -> events
+
+Synchronous and, given the model's logits, deterministic: it does no I/O and decides by the time it is told. What it is asked
+and cannot do is refused as an event; a broken invariant is an assertion and ends the process.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from collections.abc import Sequence as Ordered
+from dataclasses import dataclass, replace
+
+from sparkrelay.device.thread import StepResult
+from sparkrelay.outcomes import FinishReason, Reason
+from verifier_service import turns
+from verifier_service.batch_scheduler import BatchScheduler, Entry
+from verifier_service.commit import StepFacts, Verdict, commit, finish_reason_of, verdicts_of
+from verifier_service.depth_policies import DepthPolicy
+from verifier_service.events import (
+    AddMember,
+    BlockArrived,
+    CancelTurn,
+    Command,
+    DrafterUnavailable,
+    EndSession,
+    Event,
+    MemberRemoved,
+    RemoveMember,
+    StartTurn,
+    TurnRefused,
+)
+from verifier_service.members import Members
+from verifier_service.models import FloatRows, TargetModel
+from verifier_service.ragged_batch import RaggedBatch
+from verifier_service.sequence import Sequence
+from verifier_service.sessions import Sessions
+from verifier_service.state_memory import StateMemory
+
+CATCH_UP_ROWS = 16  # a model that had to go back further after a rejection reads again as if it were a prompt
+
+
+@dataclass(frozen=True, slots=True)
+class EngineSettings:
+    """Limits of an engine.
+
+    block_count        state blocks of the model's block_tokens that all sessions share
+    step_token_budget  rows of one forward
+    block_wait_us      how long a step may wait for a drafter; 0 never waits
+    max_sessions       sessions remembered, idle ones included; beyond it the longest idle one is forgotten
+    max_queued_turns   turns that may wait for room; beyond it they are refused
+    context_limit      the most tokens of a session; 0: the model's limit
+    retry_after_ms     what a refused caller is told to wait
+    """
+
+    block_count: int
+    step_token_budget: int = 512
+    block_wait_us: int = 50_000
+    max_sessions: int = 1024
+    max_queued_turns: int = 256
+    context_limit: int = 0
+    retry_after_ms: int = 500
+
+    def __post_init__(self) -> None:
+        for name in ("block_count", "max_sessions", "max_queued_turns", "retry_after_ms"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}: is {getattr(self, name)}; must be at least 1")
+        for name in ("block_wait_us", "context_limit"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name}: is {getattr(self, name)}; must not be negative")
+        if self.step_token_budget < 16:
+            budget = self.step_token_budget
+            raise ValueError(f"step_token_budget: is {budget}; must be at least 16, a block and its anchor")
+
+
+@dataclass(frozen=True, slots=True)
+class EngineLoad:
+    """What an engine is doing, and has done since it began. Units: tokens and counts; step_us is the last forward's duration."""
+
+    active_turn_count: int
+    queued_turn_count: int
+    session_count: int
+    member_count: int
+    used_block_count: int
+    block_count: int
+    step_count: int
+    step_us: int
+    committed_token_count: int
+    preempted_count: int
+    evicted_count: int
+
+
+class Engine:
+    """See the module. `measure_us` is a clock that is only reported, never decided by: rounds say how long the forward took."""
+
+    def __init__(
+        self,
+        model: TargetModel,
+        settings: EngineSettings,
+        policy: DepthPolicy,
+        measure_us: Callable[[], int] | None = None,
+    ) -> None:
+        self._model = model
+        self._settings = settings
+        self._measure_us = measure_us
+        self._memory = StateMemory(model, settings.block_count)
+        self._scheduler = BatchScheduler(
+            self._memory, policy, settings.step_token_budget, settings.block_wait_us
+        )
+        self._members = Members()
+        context_limit = min(settings.context_limit or model.info.context_limit, model.info.context_limit)
+        self._limits = turns.Limits(context_limit, self._memory.capacity_tokens)
+        self._sessions = Sessions(settings.max_sessions, self._memory, self._members)
+        self._turns: dict[str, Sequence] = {}  # turn id |-> its session, queued turns too
+        self._next_age = 0
+        self._step_count = 0
+        self._step_us = 0
+        self._committed_token_count = 0
+
+    # ---- one step -------------------------------------------------------------------------------------------------
+
+    def step(self, commands: Ordered[Command], now_us: int) -> StepResult[Event]:
+        """Obeys the commands in order, computes one step if there is one to compute, and returns what happened.
+
+        now_us never decreases. next_due_us is now_us while there is more to compute, the end of a wait, or None.
+        """
+        events: list[Event] = []
+        for command in commands:
+            self._obey(command, now_us, events)
+        self._admit(now_us, events)
+        plan = self._scheduler.plan(now_us)
+        if not plan.entries:
+            return StepResult(events, plan.due_us)
+        self._compute(plan.entries, now_us, events)
+        return StepResult(events, now_us if self._scheduler.running or self._scheduler.queue else None)
+
+    def _obey(self, command: Command, now_us: int, events: list[Event]) -> None:
+        match command:
+            case BlockArrived():
+                self._members.take_block(command, events)
+            case StartTurn():
+                self._start_turn(command, events)
+                self._admit(now_us, events)
+            case CancelTurn():
+                self._cancel_turn(command, events)
+            case EndSession():
+                self._end_session(command, events)
+            case AddMember():
+                self._add_member(command, events)
+            case RemoveMember():
+                self._members.remove(command.member_id)
+            case DrafterUnavailable():
+                self._drafter_unavailable(command)
+
+    def _compute(self, entries: list[Entry], now_us: int, events: list[Event]) -> None:
+        batch = RaggedBatch.of(entry.segment for entry in entries)
+        before_us = self._measure_us() if self._measure_us is not None else now_us
+        logits = self._model.forward(batch)
+        after_us = self._measure_us() if self._measure_us is not None else now_us
+        self._step_count += 1
+        self._step_us = after_us - before_us
+        facts = StepFacts(now_us, after_us, self._step_us, batch.row_count, len(entries))
+        starts: list[int] = batch.logit_starts.tolist()
+        policy_budget = self._scheduler.draft_budget()
+        for index, verdict in enumerate(verdicts_of(entries, logits, starts)):
+            entry = entries[index]
+            entry.sequence.state_len += len(entry.segment.token_ids)
+            if verdict is not None:
+                rows = logits[starts[index] : starts[index + 1]]
+                self._commit(entry, verdict, rows, facts, policy_budget, events)
+
+    def _commit(
+        self,
+        entry: Entry,
+        verdict: Verdict,
+        rows: FloatRows,
+        facts: StepFacts,
+        policy_budget: int,
+        events: list[Event],
+    ) -> None:
+        sequence = entry.sequence
+        turn = sequence.turn
+        assert turn is not None
+        token_count = len(verdict.tokens)
+        new_len = len(sequence.token_ids) + token_count
+        over = verdict.stopped or new_len >= turn.end_len or verdict.failure is not None
+        if token_count:
+            budget = 0 if over else turn.draft_budget(policy_budget, new_len)
+            commit(entry, verdict, rows, facts, budget, events)
+            self._committed_token_count += token_count
+        if sequence.state_len >= new_len:
+            self._memory.rewind(sequence, new_len - 1)
+            turn.reading = new_len - sequence.state_len > CATCH_UP_ROWS
+        if over:
+            self._end_turn(sequence, verdict, events)
+
+    def _end_turn(self, sequence: Sequence, verdict: Verdict, events: list[Event]) -> None:
+        assert sequence.turn is not None
+        reason = finish_reason_of(sequence, sequence.turn, verdict)
+        if reason is not None:
+            self._finish(sequence, reason, events)
+        else:
+            self._break(sequence, verdict.failure or "", events)
+
+    # ---- turns ----------------------------------------------------------------------------------------------------
+
+    def _start_turn(self, command: StartTurn, events: list[Event]) -> None:
+        sequence = self._sessions.get(command.session_id)
+        refusal = self._refusal_of(command, sequence)
+        if refusal is not None:
+            events.append(refusal)
+            return
+        if sequence is None:
+            sequence = self._sessions.open(command.session_id, events)
+        sequence.requested = command
+        self._turns[command.turn_id] = sequence
+        self._scheduler.queue.append(sequence)
+
+    def _refusal_of(self, command: StartTurn, sequence: Sequence | None) -> TurnRefused | None:
+        if command.turn_id in self._turns:
+            message = "this turn is under way already"
+            return TurnRefused(command.turn_id, Reason.SESSION_BUSY, message, "turn_id")
+        refusal = turns.refusal_of(command, sequence, self._limits)
+        if refusal is not None:
+            return refusal
+        settings = self._settings
+        if self._scheduler.unopened_count >= settings.max_queued_turns:
+            message = f"{settings.max_queued_turns} turns wait for room already; try again later"
+        elif sequence is None and not self._sessions.may_open():
+            message = f"all {settings.max_sessions} sessions have a turn under way; try again later"
+        else:
+            return None
+        return TurnRefused(
+            command.turn_id, Reason.OVERLOADED, message, retry_after_ms=settings.retry_after_ms
+        )
+
+    def _admit(self, now_us: int, events: list[Event]) -> None:
+        """Lets waiting turns run, in order, while there is room."""
+        scheduler = self._scheduler
+        while scheduler.queue:
+            head = scheduler.queue[0]
+            token_count = turns.opened_length(head.requested) if head.requested is not None else head.base_len
+            sequence = scheduler.admit_next(token_count)
+            if sequence is None:
+                return
+            if sequence.requested is not None:
+                self._open_turn(sequence, now_us, events)
+
+    def _open_turn(self, sequence: Sequence, now_us: int, events: list[Event]) -> None:
+        turns.open_turn(sequence, self._memory, self._limits, self._next_age, now_us, events)
+        self._next_age += 1
+        self._introduce(sequence, events)
+
+    def _introduce(self, sequence: Sequence, events: list[Event]) -> None:
+        if sequence.turn is not None:
+            budget = sequence.turn.draft_budget(self._scheduler.draft_budget(), sequence.base_len)
+            turns.introduce_turn(sequence, budget, events)
+
+    def _cancel_turn(self, command: CancelTurn, events: list[Event]) -> None:
+        sequence = self._turns.get(command.turn_id)
+        if sequence is not None:
+            self._cancel(sequence, Reason.CANCELLED, "cancelled before it began", events)
+
+    def _cancel(self, sequence: Sequence, reason: Reason, message: str, events: list[Event]) -> None:
+        """Ends the session's turn; one that was not open yet is refused with this reason."""
+        if sequence.turn is not None:
+            self._finish(sequence, FinishReason.CANCELLED, events)
+        elif sequence.requested is not None:
+            turn_id = sequence.requested.turn_id
+            self._leave(sequence, turn_id)
+            sequence.requested = None
+            events.append(TurnRefused(turn_id, reason, message))
+
+    def _finish(self, sequence: Sequence, reason: FinishReason, events: list[Event]) -> None:
+        assert sequence.turn is not None
+        self._leave(sequence, sequence.turn.command.turn_id)
+        turns.close_turn(sequence, reason, events)
+
+    def _break(self, sequence: Sequence, message: str, events: list[Event]) -> None:
+        assert sequence.turn is not None
+        self._leave(sequence, sequence.turn.command.turn_id)
+        turns.break_turn(sequence, Reason.INTERNAL, message, events)
+
+    def _leave(self, sequence: Sequence, turn_id: str) -> None:
+        """The turn no longer takes part in steps; its session is now the one used last."""
+        self._scheduler.leave(sequence)
+        del self._turns[turn_id]
+        self._sessions.touch(sequence)
+
+    # ---- sessions and members ---------------------------------------------------------------------------------------
+
+    def _end_session(self, command: EndSession, events: list[Event]) -> None:
+        sequence = self._sessions.get(command.session_id)
+        if sequence is not None:
+            self._cancel(sequence, Reason.SESSION_ENDED, "the session was ended", events)
+            self._sessions.forget(sequence, "the session was ended", events)
+
+    def _add_member(self, command: AddMember, events: list[Event]) -> None:
+        sequence = self._sessions.get(command.session_id)
+        if sequence is None:
+            message = "the session is not known here"
+            events.append(
+                MemberRemoved(command.member_id, command.session_id, Reason.SESSION_NOT_FOUND, message)
+            )
+            return
+        self._members.add(command, sequence, events)
+        self._introduce(sequence, events)
+
+    def _drafter_unavailable(self, command: DrafterUnavailable) -> None:
+        sequence = self._turns.get(command.turn_id)
+        if sequence is None:
+            return
+        if sequence.requested is not None:
+            sequence.requested = replace(sequence.requested, expect_drafter=False)
+        elif sequence.turn is not None and sequence.member is None:
+            sequence.turn.wait.give_up()
+
+    # ---- what it is doing ---------------------------------------------------------------------------------------------
+
+    def load(self) -> EngineLoad:
+        """A snapshot; may be read from another thread, where it is a moment old."""
+        queued = len(self._scheduler.queue)
+        return EngineLoad(
+            active_turn_count=len(self._turns) - queued,
+            queued_turn_count=queued,
+            session_count=len(self._sessions),
+            member_count=len(self._members),
+            used_block_count=self._memory.used_block_count,
+            block_count=self._memory.block_count,
+            step_count=self._step_count,
+            step_us=self._step_us,
+            committed_token_count=self._committed_token_count,
+            preempted_count=self._scheduler.preempted_count,
+            evicted_count=self._memory.evicted_count,
+        )
+
+    def check_integrity(self) -> None:
+        """Recounts everything; for tests."""
+        self._sessions.check_integrity()
+        sequences = {sequence.sequence_id: sequence for sequence in self._sessions.values()}
+        self._memory.check_integrity(set(self._scheduler.running), sequences)
+        self._scheduler.check_integrity()
+        self._members.check_integrity(self._sessions.values())
+        in_scheduler = [*self._scheduler.running.values(), *self._scheduler.queue]
+        busy = {s.session_id for s in self._sessions.values() if s.busy}
+        assert {s.session_id for s in in_scheduler} == busy == {s.session_id for s in self._turns.values()}
+        assert len(self._turns) == len(busy), "a session has two turns"

@@ -1,0 +1,95 @@
+"""A Hugging Face causal language model as the engine's target: sequence ids outside, slabs and a flat forward inside."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from pathlib import Path
+
+from sparkrelay.device.flat_batch import FlatBatch, FlatEntry
+from sparkrelay.device.flat_model import DtypeName, FlatCausalLM
+from sparkrelay.device.numerics import Numerics, probe
+from sparkrelay.device.slab import BLOCK_TOKENS, SlabState
+from verifier_service.models import FloatRows, ModelInfo
+from verifier_service.ragged_batch import RaggedBatch
+
+TOKENIZER_FILE = "tokenizer.json"
+
+
+class HuggingFaceModel:
+    """See `TargetModel`. State is keys and values by position, so a rewind goes back exactly as far as it is asked to."""
+
+    def __init__(
+        self, model: FlatCausalLM, numerics: Numerics, *, model_id: str, tokenizer_hash: str
+    ) -> None:
+        self._model = model
+        self._states: dict[int, SlabState] = {}
+        self._info = ModelInfo(
+            model_id=model_id,
+            vocab_size=model.vocab_size,
+            context_limit=model.context_limit,
+            block_tokens=BLOCK_TOKENS,
+            block_bytes=BLOCK_TOKENS * model.layout.bytes_per_token(model.dtype),
+            default_stop_ids=model.stop_ids,
+            dtype=str(model.dtype).removeprefix("torch."),
+            exact=numerics.exact,
+            exact_reason=numerics.reason,
+            numerics=numerics.fingerprint,
+            tokenizer_hash=tokenizer_hash,
+        )
+
+    @classmethod
+    def load(
+        cls,
+        path: Path,
+        *,
+        model_id: str,
+        dtype: DtypeName = "bfloat16",
+        exact: bool = True,
+        device: str = "cpu",
+    ) -> HuggingFaceModel:
+        """Loads a checkpoint folder and probes it. UnsupportedModel says what cannot be served."""
+        model = FlatCausalLM.load(path, dtype=dtype, exact=exact, device=device)
+        return cls(model, probe(model), model_id=model_id, tokenizer_hash=_file_hash(path / TOKENIZER_FILE))
+
+    @property
+    def info(self) -> ModelInfo:
+        return self._info
+
+    def open(self, sequence_id: int) -> None:
+        assert sequence_id not in self._states, f"sequence {sequence_id} is open already"
+        self._states[sequence_id] = self._model.new_state()
+
+    def resize(self, sequence_id: int, block_ids: Sequence[int]) -> None:
+        """A slab is contiguous: the blocks' number is its size, and where they point does not matter."""
+        self._states[sequence_id].resize(len(block_ids) * BLOCK_TOKENS)
+
+    def rewind(self, sequence_id: int, length: int) -> int:
+        state = self._states[sequence_id]
+        state.rewind(min(length, state.length))
+        return state.length
+
+    def fork(self, source_id: int, sequence_id: int, length: int) -> int:
+        """Copies: a slab belongs to one sequence."""
+        source, state = self._states[source_id], self._states[sequence_id]
+        state.copy_from(source, min(length, source.length, state.capacity))
+        return state.length
+
+    def close(self, sequence_id: int) -> None:
+        self._states.pop(sequence_id).close()
+
+    def forward(self, batch: RaggedBatch) -> FloatRows:
+        entries = tuple(
+            FlatEntry(self._states[part.sequence_id], part.start, part.row_count) for part in batch.segments
+        )
+        for entry in entries:
+            assert entry.end <= entry.state.capacity, "rows beyond the room that the engine has given"
+        logits: FloatRows = self._model.forward(FlatBatch(batch.token_ids, entries, batch.logit_rows)).numpy(
+            force=True
+        )
+        return logits
+
+
+def _file_hash(path: Path) -> str:
+    """sha256 of the file in hex, "" where there is none."""
+    return hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else ""

@@ -1,0 +1,100 @@
+"""Generate: one turn for the gateway."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterator, Sequence
+from typing import Any, Protocol
+
+import grpc.aio
+
+from sparkrelay.errors import abort
+from sparkrelay.outcomes import FieldViolation, Reason, Refusal
+from sparkrelay.telemetry import from_metadata
+from sparkrelay.v1 import verifier_service_pb2 as pb2
+from verifier_service.events import Committed, TurnAccepted, TurnEvent, TurnOver, TurnRefused
+from verifier_service.models import ModelInfo
+from verifier_service.servicer.hub import Hub
+from verifier_service.servicer.turn_output import TurnOutput, committed_pb, finished_pb
+from verifier_service.servicer.validation import turn_request
+
+Response = pb2.VerifierServiceGenerateResponse
+
+
+class Identity(Protocol):
+    """Who this verifier is."""
+
+    @property
+    def verifier_id(self) -> str: ...
+    @property
+    def epoch(self) -> str: ...
+    @property
+    def info(self) -> ModelInfo: ...
+
+
+async def generate(
+    hub: Hub,
+    who: Identity,
+    request: pb2.VerifierServiceGenerateRequest,
+    context: grpc.aio.ServicerContext[Any, Any],
+    received_us: int,
+    draining: bool,
+) -> None:
+    """Runs a turn; whatever ends this coroutine early cancels it."""
+    trace = from_metadata(context.invocation_metadata())
+    trace_id = trace.trace_id if trace is not None else ""
+    raw_trace = trace.raw if trace is not None and trace.sampled else b""
+    output = TurnOutput(asyncio.get_running_loop(), trace_id, raw_trace)
+    try:
+        if draining:
+            raise Refusal(Reason.DRAINING, "this verifier is draining and takes no new turns")
+        turn = turn_request(request, who.info, received_us)
+        hub.open_turn(turn.command, turn.drafter_ids, output)
+        try:
+            while True:
+                events = await output.take()
+                for response in _responses(events, who, trace_id):
+                    await context.write(response)
+                if output.told_all:
+                    return
+        finally:
+            hub.close_turn(turn.command)
+    except Refusal as refusal:
+        refusal.turn_id, refusal.trace_id = request.turn_id, trace_id
+        await abort(context, refusal)
+
+
+def _responses(events: Sequence[TurnEvent], who: Identity, trace_id: str) -> Iterator[Response]:
+    """Neighbouring commits in one message. Raises the Refusal of a TurnRefused after what came before it."""
+    batch: list[pb2.TokensCommitted] = []
+    for event in events:
+        if isinstance(event, Committed):
+            batch.append(committed_pb(event))
+            continue
+        if batch:
+            yield Response(committed=pb2.CommitBatch(commits=batch))
+            batch = []
+        yield _response(event, who, trace_id)
+    if batch:
+        yield Response(committed=pb2.CommitBatch(commits=batch))
+
+
+def _response(event: TurnAccepted | TurnRefused | TurnOver, who: Identity, trace_id: str) -> Response:
+    match event:
+        case TurnAccepted():
+            started = pb2.VerifierTurnStarted(
+                turn_id=event.turn_id,
+                trace_id=trace_id,
+                verifier_id=who.verifier_id,
+                epoch=who.epoch,
+                prompt_token_count=event.prompt_token_count,
+                cached_token_count=event.cached_token_count,
+                numerics=who.info.numerics,
+            )
+            return Response(started=started)
+        case TurnOver():
+            return Response(finished=finished_pb(event))
+        case TurnRefused():
+            message = f"{event.field}: {event.message}" if event.field else event.message
+            violations = (FieldViolation(event.field, event.message),) if event.field else ()
+            raise Refusal(event.reason, message, violations=violations, retry_after_ms=event.retry_after_ms)

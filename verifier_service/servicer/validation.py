@@ -1,0 +1,143 @@
+"""Generate's request: raw message in, checked command out. What needs the session's state is checked by the engine."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from sparkrelay.outcomes import FieldViolation, Reason, Refusal
+from sparkrelay.sampling import MAX_STOP_IDS, InvalidField
+from sparkrelay.v1 import generation_pb2
+from sparkrelay.v1 import verifier_service_pb2 as pb2
+from sparkrelay.wire import sampling
+from verifier_service.events import SpeculationRequest, StartTurn
+from verifier_service.models import ModelInfo
+
+ID_LIMIT = 128
+DRAFTER_LIMIT = 16
+LOGPROB_LIMIT = 20
+MAX_DEPTH = 15
+NOISE_VERSION = 1
+HASH_LIMIT = 64
+
+
+@dataclass(frozen=True, slots=True)
+class TurnRequest:
+    """A request that can be handed to the engine. drafter_ids: whom to invite, in order; none if no draft will be checked."""
+
+    command: StartTurn
+    drafter_ids: tuple[str, ...]
+
+
+def turn_request(
+    request: pb2.VerifierServiceGenerateRequest, info: ModelInfo, received_us: int
+) -> TurnRequest:
+    """Checks everything that needs no session. Raises Refusal(INVALID_FIELD) naming the first field at fault."""
+    _check_id("session_id", request.session_id)
+    _check_id("turn_id", request.turn_id)
+    _check_tokens(request, info)
+    _check_stop(request.stop, info)
+    if request.noise_version not in (0, NOISE_VERSION):
+        raise _invalid(
+            "noise_version", f"is {request.noise_version}; this verifier has version {NOISE_VERSION}"
+        )
+    if len(request.drafter_ids) > DRAFTER_LIMIT:
+        raise _invalid("drafter_ids", f"has {len(request.drafter_ids)} names; send at most {DRAFTER_LIMIT}")
+    logprob_count = request.logprob_count if request.HasField("logprob_count") else None
+    if logprob_count is not None and not 0 <= logprob_count <= LOGPROB_LIMIT:
+        raise _invalid(
+            "logprob_count",
+            f"is {logprob_count}; send 0 to {LOGPROB_LIMIT}, or nothing for no log-probabilities",
+        )
+    speculation = _speculation(request.speculation)
+    chosen = sampling(request.sampling)
+    try:
+        chosen.check(info.vocab_size)
+    except InvalidField as error:
+        raise _invalid(f"sampling.{error.field}", error.message) from None
+    if not chosen.greedy and not request.sampling.HasField("seed"):
+        raise _invalid("sampling.seed", "is absent; with a temperature above 0 the caller draws it")
+    stop_ids = set(request.stop.stop_token_ids)
+    if not request.stop.ignore_default_stop_ids:
+        stop_ids |= set(info.default_stop_ids)
+    command = StartTurn(
+        session_id=request.session_id,
+        turn_id=request.turn_id,
+        keep_len=request.keep_len,
+        keep_hash=request.keep_hash,
+        append_ids=tuple(request.append_token_ids),
+        output_start=request.output_start,
+        sampling=chosen,
+        max_tokens=request.stop.max_token_count,
+        stop_ids=frozenset(stop_ids),
+        speculation=speculation,
+        logprob_count=logprob_count,
+        received_us=received_us,
+    )
+    plain = speculation.fixed_depth == 0
+    return TurnRequest(command, () if plain else tuple(request.drafter_ids))
+
+
+def check_session_id(session_id: str) -> None:
+    """Raises Refusal(INVALID_FIELD)."""
+    _check_id("session_id", session_id)
+
+
+def _check_id(field: str, value: str) -> None:
+    if not 1 <= len(value) <= ID_LIMIT:
+        raise _invalid(field, f"has {len(value)} characters; send 1 to {ID_LIMIT}")
+
+
+def _check_tokens(request: pb2.VerifierServiceGenerateRequest, info: ModelInfo) -> None:
+    ids, length = request.append_token_ids, request.keep_len + len(request.append_token_ids)
+    if request.keep_len < 0:
+        raise _invalid("keep_len", f"is {request.keep_len}; send 0 or more")
+    if len(request.keep_hash) > HASH_LIMIT:
+        raise _invalid("keep_hash", f"has {len(request.keep_hash)} bytes; it is a chain hash of 16")
+    if length == 0:
+        raise _invalid("append_token_ids", "is empty and nothing is kept; send at least one token")
+    if length >= info.context_limit:
+        message = f"the session would have {length} tokens; the model takes {info.context_limit}, the answer's included"
+        raise Refusal(
+            Reason.CONTEXT_EXCEEDED, message, violations=(FieldViolation("append_token_ids", message),)
+        )
+    if ids and not 0 <= min(ids) <= max(ids) < info.vocab_size:
+        found = next(token for token in ids if not 0 <= token < info.vocab_size)
+        raise _invalid(
+            "append_token_ids", f"has id {found}; the vocabulary has ids 0 to {info.vocab_size - 1}"
+        )
+    if not 0 <= request.output_start <= length:
+        raise _invalid("output_start", f"is {request.output_start}; send an index from 0 to {length}")
+
+
+def _check_stop(stop: generation_pb2.StopConditions, info: ModelInfo) -> None:
+    if stop.max_token_count < 1:
+        raise _invalid("stop.max_token_count", f"is {stop.max_token_count}; send 1 or more")
+    if len(stop.stop_token_ids) > MAX_STOP_IDS:
+        raise _invalid(
+            "stop.stop_token_ids", f"has {len(stop.stop_token_ids)} ids; send at most {MAX_STOP_IDS}"
+        )
+    if any(not 0 <= token < info.vocab_size for token in stop.stop_token_ids):
+        raise _invalid(
+            "stop.stop_token_ids", f"has an id outside of the vocabulary, 0 to {info.vocab_size - 1}"
+        )
+    if stop.stop_strings:
+        raise _invalid(
+            "stop.stop_strings",
+            "is not served by a verifier, which knows no text; the gateway looks for them",
+        )
+
+
+def _speculation(pb: generation_pb2.Speculation) -> SpeculationRequest:
+    if pb.mode == generation_pb2.Speculation.MODE_OFF:
+        return SpeculationRequest(fixed_depth=0)
+    if pb.mode == generation_pb2.Speculation.MODE_FIXED:
+        if not 0 <= pb.fixed_depth <= MAX_DEPTH:
+            raise _invalid("speculation.fixed_depth", f"is {pb.fixed_depth}; send 0 to {MAX_DEPTH}")
+        return SpeculationRequest(fixed_depth=pb.fixed_depth)
+    if pb.mode not in (generation_pb2.Speculation.MODE_UNSPECIFIED, generation_pb2.Speculation.MODE_AUTO):
+        raise _invalid("speculation.mode", f"is {pb.mode}, which this version does not know")
+    return SpeculationRequest()
+
+
+def _invalid(field: str, message: str) -> Refusal:
+    return Refusal(Reason.INVALID_FIELD, f"{field}: {message}", violations=(FieldViolation(field, message),))

@@ -1,0 +1,184 @@
+"""Opening and ending turns: what is refused, what a turn starts from, what its caller and its member are told."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from sparkrelay.device.choice import Chooser
+from sparkrelay.device.filters import needs_counts
+from sparkrelay.outcomes import FinishReason, Reason
+from sparkrelay.sampling import Sampling
+from verifier_service.events import (
+    Event,
+    MemberContext,
+    MemberRewound,
+    MemberTurnEnded,
+    MemberTurnStarted,
+    StartTurn,
+    TurnAccepted,
+    TurnOver,
+    TurnRefused,
+)
+from verifier_service.sequence import Sequence, Turn, Wait
+from verifier_service.state_memory import StateMemory
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """context_limit: the most tokens of a session, by the model or by setting. capacity_tokens: what memory has room for."""
+
+    context_limit: int
+    capacity_tokens: int
+
+    @property
+    def session_tokens(self) -> int:
+        return min(self.context_limit, self.capacity_tokens)
+
+
+def refusal_of(command: StartTurn, sequence: Sequence | None, limits: Limits) -> TurnRefused | None:
+    """Why this turn cannot be served in the session as it stands; None if it can."""
+
+    def refused(reason: Reason, message: str, field: str) -> TurnRefused:
+        return TurnRefused(command.turn_id, reason, message, field)
+
+    if sequence is None and command.keep_len > 0:
+        message = "is not known here; send the whole conversation with keep_len 0"
+        return refused(Reason.SESSION_NOT_FOUND, message, "session_id")
+    if sequence is not None and sequence.busy:
+        message = "has a turn under way; wait for its end or cancel it"
+        return refused(Reason.SESSION_BUSY, message, "session_id")
+    if sequence is not None and not sequence.has_prefix(command.keep_len, command.keep_hash):
+        message = (
+            f"the session's first {command.keep_len} tokens of {sequence.base_len} are others; "
+            "send the whole conversation with keep_len 0"
+        )
+        return refused(Reason.PREFIX_MISMATCH, message, "keep_hash")
+    return _refusal_of_lengths(command, limits)
+
+
+def _refusal_of_lengths(command: StartTurn, limits: Limits) -> TurnRefused | None:
+    length = command.keep_len + len(command.append_ids)
+    produced = length - command.output_start
+    reason, field, message = Reason.INVALID_FIELD, "", ""
+    if length == 0:
+        field, message = "append_token_ids", "is empty in an empty session; send at least one token"
+    elif not 0 <= command.output_start <= length:
+        field, message = "output_start", f"is {command.output_start}; send an index from 0 to {length}"
+    elif command.max_tokens <= produced:
+        field = "max_token_count"
+        message = f"is {command.max_tokens}; it must exceed the {produced} tokens that the turn has produced already"
+    elif length >= limits.context_limit:
+        reason, field = Reason.CONTEXT_EXCEEDED, "append_token_ids"
+        message = f"the session would have {length} tokens; at most {limits.context_limit - 1} leave room for an answer"
+    elif length >= limits.capacity_tokens:
+        reason, field = Reason.OUT_OF_MEMORY, "append_token_ids"
+        message = (
+            f"the session would have {length} tokens; this verifier's memory has room for {limits.capacity_tokens}: "
+            "shorten the conversation, or give the verifier more state memory"
+        )
+    return TurnRefused(command.turn_id, reason, message, field) if field else None
+
+
+def opened_length(command: StartTurn) -> int:
+    """Committed tokens of the session once this turn is open."""
+    return command.keep_len + len(command.append_ids)
+
+
+def open_turn(
+    sequence: Sequence, memory: StateMemory, limits: Limits, age: int, now_us: int, events: list[Event]
+) -> None:
+    """Rewinds the session to what is kept, appends the new tokens, and says so. The sequence has room for them."""
+    command = sequence.requested
+    assert command is not None and sequence.turn is None
+    old_len = sequence.base_len
+    sequence.rewrite(command.keep_len, command.append_ids)
+    # The anchor's logits are needed, so at least the anchor is read, even if its state is there.
+    memory.rewind(sequence, min(command.keep_len, sequence.base_len - 1))
+    sequence.requested = None
+    sequence.turn = Turn(
+        command=command,
+        opened_len=sequence.base_len,
+        end_len=min(command.output_start + command.max_tokens, limits.session_tokens),
+        cached_count=sequence.state_len,
+        age=age,
+        chooser=_chooser_of(sequence, command),
+        wait=Wait(join_expected=command.expect_drafter),
+        rested_us=now_us,
+    )
+    events.append(TurnAccepted(command.turn_id, command.output_start, sequence.state_len))
+    member = sequence.member
+    if member is not None and command.keep_len < old_len and member.known_len > command.keep_len:
+        member.known_len = command.keep_len
+        events.append(MemberRewound(member.member_id, command.keep_len))
+
+
+def _chooser_of(sequence: Sequence, command: StartTurn) -> Chooser | None:
+    if is_plain_greedy(command.sampling):
+        return None
+    return Chooser(command.sampling, command.stop_ids, sequence.token_ids, command.output_start)
+
+
+def is_plain_greedy(sampling: Sampling) -> bool:
+    """Whether the token is always the best of the raw logits."""
+    return (
+        sampling.greedy
+        and not sampling.logit_bias
+        and sampling.min_tokens == 0
+        and not needs_counts(sampling)
+    )
+
+
+def introduce_turn(sequence: Sequence, draft_budget: int, events: list[Event]) -> None:
+    """Tells the member that a turn runs, and the tokens it lacks. No member, or no turn: nothing to tell."""
+    member, turn = sequence.member, sequence.turn
+    if member is None or turn is None:
+        return
+    command, base_len = turn.command, sequence.base_len
+    events.append(
+        MemberTurnStarted(
+            member_id=member.member_id,
+            turn_id=command.turn_id,
+            base_len=base_len,
+            sampling=command.sampling,
+            remaining_count=turn.end_len - base_len,
+            output_start=command.output_start,
+            stop_ids=command.stop_ids,
+            draft_budget=min(draft_budget, member.block_size),
+        )
+    )
+    if member.known_len < base_len:
+        lacking = tuple(sequence.token_ids[member.known_len :])
+        events.append(MemberContext(member.member_id, member.known_len, lacking))
+        member.known_len = base_len
+
+
+def close_turn(sequence: Sequence, reason: FinishReason, events: list[Event]) -> None:
+    """The turn is over; its tokens stay."""
+    turn = sequence.turn
+    assert turn is not None
+    command = turn.command
+    events.append(
+        TurnOver(
+            turn_id=command.turn_id,
+            finish_reason=reason,
+            prompt_token_count=command.output_start,
+            cached_token_count=turn.cached_count,
+            output_token_count=sequence.base_len - command.output_start,
+            session_token_count=sequence.base_len,
+        )
+    )
+    _forget_turn(sequence, turn, reason, events)
+
+
+def break_turn(sequence: Sequence, reason: Reason, message: str, events: list[Event]) -> None:
+    """The turn cannot go on: its caller gets a refusal after the tokens it has."""
+    turn = sequence.turn
+    assert turn is not None
+    events.append(TurnRefused(turn.command.turn_id, reason, message))
+    _forget_turn(sequence, turn, FinishReason.CANCELLED, events)
+
+
+def _forget_turn(sequence: Sequence, turn: Turn, reason: FinishReason, events: list[Event]) -> None:
+    if sequence.member is not None:
+        events.append(MemberTurnEnded(sequence.member.member_id, turn.command.turn_id, reason))
+    sequence.turn = None
