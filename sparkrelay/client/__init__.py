@@ -1,0 +1,68 @@
+"""The client SDK: `connect` for threads, `connect_aio` for asyncio, one set of results and errors."""
+
+from sparkrelay.client.aio import AsyncClient, AsyncGenerationStream, AsyncSession
+from sparkrelay.client.aio import connect as connect_aio
+from sparkrelay.client.blocking import Client, GenerationStream, Session, connect
+from sparkrelay.client.errors import (
+    Cancelled,
+    DeadlineExceeded,
+    InternalError,
+    InvalidRequest,
+    NotFound,
+    Overloaded,
+    SessionBusy,
+    SparkRelayError,
+    Unauthenticated,
+    Unavailable,
+)
+from sparkrelay.client.results import (
+    Delta,
+    Drafter,
+    Generation,
+    Model,
+    RoundReport,
+    RoundTotals,
+    SessionInfo,
+    Timing,
+    TokenLogprob,
+    Turn,
+    TurnStarted,
+    Usage,
+    WatchedRound,
+    Worker,
+)
+
+__all__ = [
+    "AsyncClient",
+    "AsyncGenerationStream",
+    "AsyncSession",
+    "Cancelled",
+    "Client",
+    "DeadlineExceeded",
+    "Delta",
+    "Drafter",
+    "Generation",
+    "GenerationStream",
+    "InternalError",
+    "InvalidRequest",
+    "Model",
+    "NotFound",
+    "Overloaded",
+    "RoundReport",
+    "RoundTotals",
+    "Session",
+    "SessionBusy",
+    "SessionInfo",
+    "SparkRelayError",
+    "Timing",
+    "TokenLogprob",
+    "Turn",
+    "TurnStarted",
+    "Unauthenticated",
+    "Unavailable",
+    "Usage",
+    "WatchedRound",
+    "Worker",
+    "connect",
+    "connect_aio",
+]

@@ -1,0 +1,158 @@
+"""What can go wrong, named for what the caller can do about it.
+
+SparkRelayError
+  InvalidRequest      change the request: `violations` names the fields
+  NotFound            the model, session or turn does not exist here
+  SessionBusy         the session has a turn under way: wait for it, or cancel it
+  Unauthenticated     send the right token
+  Overloaded          try again after `retry_after` seconds
+  Unavailable         a service is away: try again, or look at its state
+  Cancelled           the caller cancelled
+  DeadlineExceeded    allow more time
+  InternalError       a bug of ours: report it with `turn_id`
+"""
+
+from __future__ import annotations
+
+import grpc
+
+from sparkrelay.errors import refusal_of
+from sparkrelay.outcomes import FieldViolation, Reason, Refusal
+
+
+class SparkRelayError(Exception):
+    """Any refusal or failure.
+
+    reason      name of the reason in errors.proto, for example "SESSION_NOT_FOUND"
+    message     one sentence, with the next step
+    violations  fields of the request that cannot be served, by their names in the proto
+    turn_id, trace_id  of the turn, empty if there was none
+    """
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        reason: str = "",
+        turn_id: str = "",
+        trace_id: str = "",
+        violations: tuple[FieldViolation, ...] = (),
+    ) -> None:
+        super().__init__(message)
+        self.message = message
+        self.reason = reason
+        self.turn_id = turn_id
+        self.trace_id = trace_id
+        self.violations = violations
+
+
+class InvalidRequest(SparkRelayError):
+    """The request cannot be served as it is."""
+
+
+class NotFound(SparkRelayError):
+    """The model, session or turn does not exist here."""
+
+
+class SessionBusy(SparkRelayError):
+    """The session has a turn under way; one at a time."""
+
+
+class Unauthenticated(SparkRelayError):
+    """The token is missing or wrong."""
+
+
+class Overloaded(SparkRelayError):
+    """The queues are full. `retry_after` is in seconds; 0 if the server did not say."""
+
+    retry_after: float = 0.0
+
+
+class Unavailable(SparkRelayError):
+    """A service is away or leaving."""
+
+
+class Cancelled(SparkRelayError):
+    """The caller cancelled."""
+
+
+class DeadlineExceeded(SparkRelayError):
+    """The call's time was up."""
+
+
+class InternalError(SparkRelayError):
+    """A bug of ours; the gateway's log has it under the same turn id."""
+
+
+_CLASS_OF: dict[Reason, type[SparkRelayError]] = {
+    Reason.INVALID_FIELD: InvalidRequest,
+    Reason.CONTEXT_EXCEEDED: InvalidRequest,
+    Reason.INVALID_TOKEN: InvalidRequest,
+    Reason.OUT_OF_MEMORY: InvalidRequest,
+    Reason.TOO_LARGE: InvalidRequest,
+    Reason.NOT_IMPLEMENTED: InvalidRequest,
+    Reason.MODEL_NOT_FOUND: NotFound,
+    Reason.SESSION_NOT_FOUND: NotFound,
+    Reason.TURN_NOT_FOUND: NotFound,
+    Reason.SESSION_BUSY: SessionBusy,
+    Reason.UNAUTHENTICATED: Unauthenticated,
+    Reason.OVERLOADED: Overloaded,
+    Reason.DRAINING: Unavailable,
+    Reason.NO_VERIFIER: Unavailable,
+    Reason.VERIFIER_LOST: Unavailable,
+    Reason.CANCELLED: Cancelled,
+    Reason.DEADLINE_EXCEEDED: DeadlineExceeded,
+}
+
+_CLASS_OF_STATUS: dict[grpc.StatusCode, type[SparkRelayError]] = {
+    grpc.StatusCode.INVALID_ARGUMENT: InvalidRequest,
+    grpc.StatusCode.OUT_OF_RANGE: InvalidRequest,
+    grpc.StatusCode.UNIMPLEMENTED: InvalidRequest,
+    grpc.StatusCode.NOT_FOUND: NotFound,
+    grpc.StatusCode.UNAUTHENTICATED: Unauthenticated,
+    grpc.StatusCode.PERMISSION_DENIED: Unauthenticated,
+    grpc.StatusCode.RESOURCE_EXHAUSTED: Overloaded,
+    grpc.StatusCode.UNAVAILABLE: Unavailable,
+    grpc.StatusCode.CANCELLED: Cancelled,
+    grpc.StatusCode.DEADLINE_EXCEEDED: DeadlineExceeded,
+}
+
+
+def error_of(failure: grpc.RpcError, address: str) -> SparkRelayError:
+    """The error for a failed call to the gateway at `address`."""
+    refusal = refusal_of(failure)
+    kind = _CLASS_OF.get(refusal.reason) or _CLASS_OF_STATUS.get(status_of(failure), InternalError)
+    message = refusal.message
+    if was_never_sent(failure):
+        message = f"No gateway answers at {address}. Start one with `sparkrelay up`, or name another address."
+    return _filled(kind, refusal, message)
+
+
+def _filled(kind: type[SparkRelayError], refusal: Refusal, message: str) -> SparkRelayError:
+    error = kind(
+        message,
+        reason=refusal.reason.name,
+        turn_id=refusal.turn_id,
+        trace_id=refusal.trace_id,
+        violations=refusal.violations,
+    )
+    if isinstance(error, Overloaded):
+        error.retry_after = refusal.retry_after_ms / 1000
+    return error
+
+
+def status_of(failure: grpc.RpcError) -> grpc.StatusCode:
+    """The status of a failed call, blocking or asyncio."""
+    code = failure.code() if callable(getattr(failure, "code", None)) else None
+    return code if isinstance(code, grpc.StatusCode) else grpc.StatusCode.UNKNOWN
+
+
+def was_never_sent(failure: grpc.RpcError) -> bool:
+    """True if no connection was ever made for the call, so that sending it again cannot run it twice.
+
+    gRPC gives no other sign of it than these words of its details; a test holds them against real sockets.
+    """
+    if status_of(failure) is not grpc.StatusCode.UNAVAILABLE:
+        return False
+    details = failure.details() if callable(getattr(failure, "details", None)) else ""
+    return "failed to connect to all addresses" in str(details)
