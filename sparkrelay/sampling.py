@@ -1,7 +1,7 @@
 """What a turn asks of the choice of its tokens.
 
 The gateway fills it, the verifier obeys it, and a drafter may copy it, so its fields and their neutral values stand here once.
-The order in which the filters apply is fixed: `sparkrelay.device.filters` (DESIGN: logit bias, min_tokens, penalties, grammar,
+The order in which the filters apply is fixed: `sparkrelay.device.filters` (logit bias, min_tokens, penalties, grammar,
 temperature, top-k, top-p, min-p).
 """
 

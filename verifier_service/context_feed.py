@@ -14,7 +14,8 @@ BACKLOG_IDS = 4_000_000  # ids that may wait in one stream
 class ContextFeed:
     """`push` what members lack, `take` the next frame while there is credit.
 
-    The drafter grants credit in bytes of FeedContextResponse messages; a frame may be sent when all of it is covered, so a drafter's first
+    The drafter grants credit in bytes of FeedContextResponse messages; a frame may be sent when all of it is
+    covered, so a drafter's first
     grant must be 64 KiB at least.
     """
 

@@ -50,13 +50,21 @@ class Members:
             sequence.turn.wait.give_up()
 
     def take_block(self, command: BlockArrived, events: list[Event]) -> None:
-        """Keeps a block for the next step if it fits the committed tokens, from where they have got to."""
+        """Keeps a block for the next step if it fits the committed tokens, from where they have got to.
+
+        An empty one says that there is nothing to wait for in this round.
+        """
         sequence = self._sessions.get(command.member_id)
         turn = sequence.turn if sequence is not None else None
         if sequence is None or turn is None or command.turn_id not in ("", turn.command.turn_id):
             events.append(BlockDropped(command.member_id, stale=False))
             return
         assert len(command.token_ids) == len(command.confidences), "the servicer checks a block's columns"
+        if not command.token_ids:
+            if command.base_len == len(sequence.token_ids):
+                turn.wait.renew()
+                turn.wait.passed = True
+            return
         block = usable_part(command, turn.command.stop_ids, sequence.token_ids)
         if block is not None or is_spent(command, sequence.token_ids):
             turn.wait.renew()

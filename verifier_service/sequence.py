@@ -82,12 +82,14 @@ class Wait:
     join_expected   a drafter was invited and has not joined yet; its join is awaited like a block, once a turn
     deadline_us     end of the wait in progress, None if there is none
     skipped         a step went ahead without this session since its last commit
+    passed          the drafter has said that it has nothing for this round
     """
 
     join_expected: bool
     patient: bool = True
     deadline_us: int | None = None
     skipped: bool = False
+    passed: bool = False
 
     def renew(self) -> None:
         """A block has arrived, or the drafter has changed: waiting may pay again."""

@@ -1,9 +1,10 @@
-"""Whether a step starts now or waits for blocks that are on their way, and who enters it (DESIGN 7a).
+"""Whether a step starts now or waits for blocks that are on their way, and who enters it.
 
 At a step boundary every decoding session is
 
   ready    its block is here
-  bare     nothing is to be waited for: no drafter, no drafts wanted, or the one wait was used up
+  bare     nothing is to be waited for: no drafter, no drafts wanted, the drafter passed (an empty block), or the one
+           wait was used up
   pending  a block (or the drafter's join) is on its way, and may be waited for until a deadline
 
 Ready and bare sessions enter. A step that fewer than half of the sessions could enter waits, until the earliest deadline at
@@ -37,7 +38,7 @@ def is_pending(sequence: Sequence, turn: Turn, now_us: int, wait_limit_us: int) 
     Starts its wait when it is found pending, ends it when its deadline has passed.
     """
     wait = turn.wait
-    if not wait.patient or (sequence.member is None and not wait.join_expected):
+    if not wait.patient or wait.passed or (sequence.member is None and not wait.join_expected):
         return False
     if wait.deadline_us is None:
         wait.deadline_us = now_us + wait_limit_us

@@ -196,11 +196,14 @@ class DrafterLink:
         drafter, now_s = self._drafter, self._now_s()
         assert drafter is not None
         received_us = int(now_s * 1e6)
-        vocab_size, confidence = self._settings.vocab_size, CONFIDENCES.__getitem__
+        member_of, vocab_size = self.side.member, self._settings.vocab_size
+        confidence = CONFIDENCES.__getitem__
         arrived: list[BlockArrived] = []
         for block in decision.entries:
-            ids = block.token_ids
-            if min(ids) < 0 or max(ids) >= vocab_size:
+            ids, member = block.token_ids, member_of(block.handle)
+            if member is None:
+                continue  # a later entry of the same frame ended it
+            if ids and (min(ids) < 0 or max(ids) >= vocab_size):
                 self._end_for_bad_ids(block)
                 continue
             drafter.drafted_count += len(ids)
@@ -213,6 +216,7 @@ class DrafterLink:
                     block.draft_us,
                     block.queue_us,
                     received_us,
+                    member.turn_id,
                 )
             )
         if arrived:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import threading
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from typing import Any
@@ -46,6 +47,8 @@ from verifier_service.servicer.validation import NOISE_VERSION
 log = structlog.get_logger(__name__)
 
 SECRET_BYTES = 16
+STEPS_AHEAD = 2  # steps whose events may wait for the event loop
+LOOP_LAG_S = 1.0  # the longest that the engine waits for a loop that does not come: it may be at its end
 
 
 class Hub:
@@ -74,6 +77,7 @@ class Hub:
         self._now_s = now_s
         self._new_secret = new_secret
         self._loop = asyncio.get_running_loop()
+        self._room = threading.Semaphore(STEPS_AHEAD)
         self._links: dict[int, DrafterLink] = {}
         self._link_of: dict[int, DrafterLink] = {}  # member id -> its link
         self._watchers: set[asyncio.Event] = set()
@@ -92,8 +96,19 @@ class Hub:
     # ---- from the engine ------------------------------------------------------------------------------------------------------
 
     def deliver(self, events: Sequence[Event]) -> None:
-        """What one step did; on the device thread."""
-        self._loop.call_soon_threadsafe(self.handle, events)
+        """What one step did; on the device thread. Waits while the event loop is too many steps behind.
+
+        Without it an engine whose steps are shorter than their handling would starve the loop, and the backlog would grow.
+        """
+        has_room = self._room.acquire(timeout=LOOP_LAG_S)
+        self._loop.call_soon_threadsafe(self._handle_delivered, events, has_room)
+
+    def _handle_delivered(self, events: Sequence[Event], has_room: bool) -> None:
+        try:
+            self.handle(events)
+        finally:
+            if has_room:
+                self._room.release()
 
     def handle(self, events: Sequence[Event]) -> None:
         """What one step did; on the event loop."""

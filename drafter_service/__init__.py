@@ -1,0 +1,1 @@
+"""The drafter: dials its verifiers, drafts blocks with confidences for the sessions it is invited to."""
