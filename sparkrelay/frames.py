@@ -1,8 +1,8 @@
 """The frames of the Speculate conversation as plain values: what `protocol` decides on and `wire` turns into bytes.
 
-They mirror the messages of verifier_service.proto one to one (the meaning of every field stands there), without protobuf, so that
-the protocol, the engine and the drafter's session can be tested as pure functions. Columns of the hot frames are split into one entry
-a session here; `wire` joins them.
+They mirror the messages of verifier_service.proto one to one (the meaning of every field stands there), without
+protobuf, so that the protocol, the engine and the drafter's session can be tested as pure functions. Columns of the hot
+frames are split into one entry a session here; `wire` joins them.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The words for how things end, as plain enums: rooms without gRPC use them, and their numbers are those of the protos (tested)."""
+"""The words for how things end, as plain enums for rooms without gRPC; their numbers are those of the protos (tested)."""
 
 from __future__ import annotations
 
@@ -71,7 +71,10 @@ class FieldViolation:
 
 
 class Refusal(Exception):
-    """A request that cannot be served: data for the caller, never a bug of ours. `sparkrelay.errors` turns it into a gRPC status and back."""
+    """A request that cannot be served: data for the caller, never a bug of ours.
+
+    `sparkrelay.errors` turns it into a gRPC status and back. retry_after_ms: 0 if trying again cannot help.
+    """
 
     def __init__(
         self,

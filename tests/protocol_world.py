@@ -1,7 +1,9 @@
 """A small world in which two drafters and a verifier talk through the product's own state machines over queues of random delay.
 
-The verifier's half is a dumb engine: it commits target tokens one round at a time, with or without a block. The drafter's half keeps
-plain lists of ids. Every frame of the verifier carries, outside of the protocol, what the verifier's ids were when it was sent, so that
+The verifier's half is a dumb engine: it commits target tokens one round at a time, with or without a block. The
+drafter's half keeps
+plain lists of ids. Every frame of the verifier carries, outside of the protocol, what the verifier's ids were when
+it was sent, so that
 the drafter's list can be compared with the truth of that moment.
 """
 
@@ -106,7 +108,7 @@ class World:
         self.tell_verifier(link, Hello(1, 1, name, "run", Fingerprint(block_size=BLOCK)))
         return link
 
-    # ---- saying ---------------------------------------------------------------------------------------------------------------
+    # ---- saying --------------------------------------------------------------------------------------------
 
     def tell_drafter(self, link: Link, frame: Any, truth: Any = None) -> None:
         link.verifier.send(frame)
@@ -116,7 +118,7 @@ class World:
         link.drafter.send(frame)
         link.to_verifier.append((frame, truth))
 
-    # ---- the verifier hears -----------------------------------------------------------------------------------------------------
+    # ---- the verifier hears --------------------------------------------------------------------------------
 
     def verifier_hears(self, link: Link) -> None:
         frame, turn = link.to_verifier.popleft()
@@ -172,7 +174,7 @@ class World:
             if session.member == (link, handle):
                 session.member = session.block = None
 
-    # ---- the engine -------------------------------------------------------------------------------------------------------------
+    # ---- the engine ----------------------------------------------------------------------------------------
 
     def target(self, session: Session) -> int:
         return hash((session.turn, len(session.ids), tuple(session.ids[-2:]))) % VOCAB
@@ -254,7 +256,7 @@ class World:
     def invite(self, session_id: str, link: Link) -> None:
         self.tell_drafter(link, Invite(session_id, bytes([self.random.randrange(256)])))
 
-    # ---- the drafter hears --------------------------------------------------------------------------------------------------------
+    # ---- the drafter hears ---------------------------------------------------------------------------------
 
     def drafter_hears(self, link: Link, queue: deque[tuple[Any, Any]]) -> None:
         frame, truth = queue.popleft()
@@ -264,31 +266,34 @@ class World:
             link.turn_at[frame.handle] = truth
         for decision in link.drafter.receive(frame):
             self.counts[type(decision).__name__] += 1
-            match decision:
-                case Invited(invite):
-                    held = self.kept[link.name].get(invite.session_id, [])
-                    if invite.session_id not in link.offered:
-                        link.offered[invite.session_id] = held
-                        join = Join(invite.session_id, invite.token, len(held), chain_hash(held))
-                        self.tell_verifier(link, join)
-                case MemberJoined(joined):
-                    link.ids[joined.handle] = link.offered.pop(joined.session_id)[: joined.keep_tokens]
-                case JoinRefused(left):
-                    link.offered.pop(left.session_id, None)
-                case SessionRewound(rewound):
-                    del link.ids[rewound.handle][rewound.length :]
-                case ContextArrived(context):
-                    self.fill(link, context.handle, context.start, context.token_ids)
-                case VerdictsArrived(entries):
-                    for verdict, ids in entries:
-                        self.fill(link, verdict.handle, verdict.base_len, ids)
-                        self.compare(link, verdict.handle, truth[verdict.handle])
-                case MembershipOver(left, session_id):
-                    self.keep(link, left.handle, session_id)
-                case EndMembership():
-                    raise AssertionError(f"an honest verifier was left: {decision}")
-                case AnswerPong(sequence):
-                    self.tell_verifier(link, Pong(sequence))
+            self.drafter_obeys(link, decision, truth)
+
+    def drafter_obeys(self, link: Link, decision: Any, truth: Any) -> None:
+        match decision:
+            case Invited(invite):
+                held = self.kept[link.name].get(invite.session_id, [])
+                if invite.session_id not in link.offered:
+                    link.offered[invite.session_id] = held
+                    join = Join(invite.session_id, invite.token, len(held), chain_hash(held))
+                    self.tell_verifier(link, join)
+            case MemberJoined(joined):
+                link.ids[joined.handle] = link.offered.pop(joined.session_id)[: joined.keep_tokens]
+            case JoinRefused(left):
+                link.offered.pop(left.session_id, None)
+            case SessionRewound(rewound):
+                del link.ids[rewound.handle][rewound.length :]
+            case ContextArrived(context):
+                self.fill(link, context.handle, context.start, context.token_ids)
+            case VerdictsArrived(entries):
+                for verdict, ids in entries:
+                    self.fill(link, verdict.handle, verdict.base_len, ids)
+                    self.compare(link, verdict.handle, truth[verdict.handle])
+            case MembershipOver(left, session_id):
+                self.keep(link, left.handle, session_id)
+            case EndMembership():
+                raise AssertionError(f"an honest verifier was left: {decision}")
+            case AnswerPong(sequence):
+                self.tell_verifier(link, Pong(sequence))
 
     def liar_hears(self, link: Link, queue: deque[tuple[Any, Any]]) -> None:
         """Who says what its own side knows nothing of gets answers that it cannot make sense of: it dials again."""
@@ -353,7 +358,7 @@ class World:
         )
         link.to_verifier.append((frame, None))
 
-    # ---- fate -------------------------------------------------------------------------------------------------------------------
+    # ---- fate ----------------------------------------------------------------------------------------------
 
     def lose(self, link: Link) -> None:
         """The streams break: what was under way is gone."""

@@ -38,6 +38,7 @@ from sparkrelay.protocol import (
     VerifierSide,
     negotiate,
 )
+from sparkrelay.protocol.drafter_side import EARLY_LIMIT
 from sparkrelay.sampling import Sampling
 
 TRANSCRIPT = Path(__file__).parent / "data" / "conversation.txt"
@@ -46,7 +47,7 @@ WORDS = {**vars(frames), "Reason": Reason, "FinishReason": FinishReason, "Sampli
 # ---- the recorded conversation ----------------------------------------------------------------------------------------------
 
 
-def show(decision: Any) -> str:
+def show(decision: Any) -> str:  # noqa: C901  one case a decision
     """One line a decision, as the transcript has them."""
     name = type(decision).__name__
     match decision:
@@ -142,12 +143,10 @@ def test_the_highest_common_version_is_spoken(spoken: tuple[int, int], version: 
     assert negotiate(hello(*spoken), VERIFIER, (1, 2)).version == version
 
 
-@pytest.mark.parametrize("spoken", [(3, 4), (0, 0), (2, 1)])
+@pytest.mark.parametrize("spoken", [(3, 4), (0, 0), (2, 1)], ids=["newer", "older", "crossed"])
 def test_no_common_version_is_a_refusal(spoken: tuple[int, int]) -> None:
     with pytest.raises(RemoteProtocolError) as caught:
-        negotiate(hello(*spoken), VERIFIER, (1, 2)) if spoken != (2, 1) else negotiate(
-            hello(2, 1), VERIFIER, (1, 1)
-        )
+        negotiate(hello(*spoken), VERIFIER, (1, 2))
     assert caught.value.reason is Reason.PROTOCOL_VERSION
 
 
@@ -236,13 +235,24 @@ def test_a_verifier_that_is_about_to_break_the_rules_has_a_bug(frame: Any) -> No
         verifier.send(frame)
 
 
+def test_an_empty_block_is_in_flight_until_the_next_commit() -> None:
+    verifier, drafter = pair()
+    drafter.send(block(5))
+    assert verifier.receive(block(5)) == [protocol.BlocksAccepted(list(block(5).entries))]
+    assert not drafter.may_draft(1)
+    verifier.send(verdict(5, 9))
+    drafter.receive(verdict(5, 9))
+    assert drafter.may_draft(1)
+    drafter.send(block(6, 1))
+    assert verifier.receive(block(6, 1)) == [protocol.BlocksAccepted(list(block(6, 1).entries))]
+
+
 @pytest.mark.parametrize(
     "frame",
     [
         hello(),
         block(4, 1),
         block(6, 1),
-        block(5),
         block(5, *range(16)),
         block(5, 1, handle=2),
         Blocks((*block(5, 1).entries, *block(5, 2).entries)),
@@ -294,9 +304,10 @@ def test_a_verifier_that_breaks_the_rules_of_a_session_loses_the_member(frame: A
 
 def test_context_that_never_finds_its_turn_is_bounded() -> None:
     _, drafter = pair()
-    with pytest.raises(RemoteProtocolError):
-        for start in range(100_000):
-            drafter.receive(Context(1, start, (1,)))
+    for start in range(EARLY_LIMIT):
+        drafter.receive(Context(1, start, (1,)))
+    with pytest.raises(RemoteProtocolError, match="never started"):
+        drafter.receive(Context(1, EARLY_LIMIT, (1,)))
 
 
 def test_the_session_limit_is_kept_by_both_sides() -> None:

@@ -98,7 +98,8 @@ class RefuseJoin:
 
 @dataclass(frozen=True, slots=True)
 class BlocksAccepted:
-    """Blocks that obey the rules, in order. The engine still has to match each with what was committed meanwhile."""
+    """Blocks of running turns that obey the rules, in order. Some may be overtaken by what was committed
+    meanwhile: match them."""
 
     entries: list[Block]
 

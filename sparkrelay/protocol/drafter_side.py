@@ -274,8 +274,10 @@ class DrafterSide:
             member = self._members.get(block.handle)
             if member is None:
                 raise Broken(f"block of handle {block.handle}, which is no membership")
-            if not 1 <= len(block.token_ids) <= self._block_limit:
-                raise Broken(f"block of {len(block.token_ids)} tokens; 1 to {self._block_limit} are allowed")
+            if len(block.token_ids) > self._block_limit:
+                raise Broken(
+                    f"block of {len(block.token_ids)} tokens; at most {self._block_limit} are allowed"
+                )
             if member.owed:
                 raise Broken(f"block of handle {block.handle} before all its context is here")
             if not member.put_in_flight(block):

@@ -31,7 +31,7 @@ def negotiate(
                 Reason.INVALID_FIELD, [(name, f"has {len(value)} characters; send 1 to {NAME_LIMIT}")]
             )
     version = min(hello.protocol_max, versions[1])
-    if version < max(hello.protocol_min, versions[0]):
+    if version < max(hello.protocol_min, versions[0]) or hello.protocol_min > hello.protocol_max:
         spoken = f"the verifier speaks {versions[0]} to {versions[1]}, the drafter {hello.protocol_min} to {hello.protocol_max}"
         raise RemoteProtocolError(
             Reason.PROTOCOL_VERSION, f"no protocol version in common: {spoken}; update the older one"

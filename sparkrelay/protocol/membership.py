@@ -28,8 +28,6 @@ TRANSITIONS: dict[tuple[Phase, type], Phase] = {
     (Phase.IDLE, Rewound): Phase.IDLE,
     (Phase.IDLE, TurnStarted): Phase.RUNNING,
     (Phase.RUNNING, Verdict): Phase.RUNNING,
-    (Phase.RUNNING, Context): Phase.RUNNING,
-    (Phase.IDLE, Context): Phase.IDLE,  # what a turn that was cancelled still owes
     (Phase.RUNNING, TurnEnded): Phase.IDLE,
 }
 
@@ -43,7 +41,8 @@ class Membership:
     """One side's view.
 
     length        committed tokens as far as this side has told (verifier) or heard (drafter)
-    turn_base     length when the turn under way started
+    turn_id       the turn under way, or the last one
+    turn_base     length when it started
     block         the block in flight, None if there is none
     last_base     base_len of the newest block of this turn, -1 before the first: they only grow
     tail          the newest ids committed in this turn, those from tail_start to length - 1
@@ -55,6 +54,7 @@ class Membership:
     session_id: str
     length: int
     phase: Phase = Phase.IDLE
+    turn_id: str = ""
     turn_base: int = 0
     block: Block | None = None
     last_base: int = -1
@@ -87,7 +87,7 @@ class Membership:
         if frame.base_len > self.length:
             self.owed.append((self.length, frame.base_len))
         self.length = self.turn_base = self.tail_start = frame.base_len
-        self.block, self.last_base = None, -1
+        self.turn_id, self.block, self.last_base = frame.turn_id, None, -1
         self.tail.clear()
 
     def end_turn(self) -> None:

@@ -190,15 +190,15 @@ class VerifierSide:
                 decisions.append(Ignored(block.handle, "block of no membership"))
             elif member.phase is not Phase.RUNNING or member.fence > pong_seen:
                 decisions.append(Ignored(block.handle, "block of a turn that is over"))
-            elif not 1 <= len(block.token_ids) <= limit or block.assumed_count:
-                message = f"block of {len(block.token_ids)} tokens, {block.assumed_count} assumed; 1 to {limit}, none assumed"
+            elif len(block.token_ids) > limit or block.assumed_count:
+                message = f"block of {len(block.token_ids)} tokens, {block.assumed_count} assumed; at most {limit}, none assumed"
                 decisions.append(self.end_membership(block.handle, Reason.PROTOCOL_VIOLATION, message))
             else:
                 try:
-                    if member.put_in_flight(block):
-                        accepted.append(block)
-                    else:
-                        decisions.append(Ignored(block.handle, "block that was overtaken"))
+                    member.put_in_flight(block)
+                    accepted.append(
+                        block
+                    )  # also one that was overtaken: it tells that the drafter is at work
                 except Broken as broken:
                     decisions.append(
                         self.end_membership(block.handle, Reason.PROTOCOL_VIOLATION, str(broken))

@@ -317,7 +317,7 @@ class RoundReport(_message.Message):
         BLOCK_STATE_UNSPECIFIED: RoundReport._BlockState.ValueType  # 0
         """Not set."""
         BLOCK_STATE_FRESH: RoundReport._BlockState.ValueType  # 1
-        """A block drafted for exactly this position was used."""
+        """A block drafted for exactly this position was used. With drafted_count 0 it was empty: the drafter had nothing to say."""
         BLOCK_STATE_REBASED: RoundReport._BlockState.ValueType  # 2
         """A late block was used from where the committed tokens had got to."""
         BLOCK_STATE_LATE: RoundReport._BlockState.ValueType  # 3
@@ -333,7 +333,7 @@ class RoundReport(_message.Message):
     BLOCK_STATE_UNSPECIFIED: RoundReport.BlockState.ValueType  # 0
     """Not set."""
     BLOCK_STATE_FRESH: RoundReport.BlockState.ValueType  # 1
-    """A block drafted for exactly this position was used."""
+    """A block drafted for exactly this position was used. With drafted_count 0 it was empty: the drafter had nothing to say."""
     BLOCK_STATE_REBASED: RoundReport.BlockState.ValueType  # 2
     """A late block was used from where the committed tokens had got to."""
     BLOCK_STATE_LATE: RoundReport.BlockState.ValueType  # 3

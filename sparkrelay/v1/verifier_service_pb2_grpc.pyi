@@ -50,7 +50,7 @@ class VerifierServiceStub:
         comes as verdicts on this stream.
      4. Whenever the drafter holds all committed tokens of a running turn and has no block in flight for it, it may send a block in `blocks`.
         At most one block per session is in flight: from its sending until a verdict names it, or until a verdict commits tokens that
-        contradict it. A block for an older base_len whose first tokens equal what was committed since is used from there on.
+        contradict it. An empty block says that the drafter has nothing for this base_len: the verifier does not wait for one then. A block for an older base_len whose first tokens equal what was committed since is used from there on.
      5. The verifier sends `verdicts`: for every commit of a member session one entry, also when no block was used. The token that
         ends the reading of the prompt comes as an entry with round -1. draft_budget 0 asks the drafter to rest until the next verdict
         or turn. `turn_ended` always ends a turn, also one that was cancelled; blocks in flight are void then.
@@ -95,7 +95,7 @@ class VerifierServiceAsyncStub(VerifierServiceStub):
         comes as verdicts on this stream.
      4. Whenever the drafter holds all committed tokens of a running turn and has no block in flight for it, it may send a block in `blocks`.
         At most one block per session is in flight: from its sending until a verdict names it, or until a verdict commits tokens that
-        contradict it. A block for an older base_len whose first tokens equal what was committed since is used from there on.
+        contradict it. An empty block says that the drafter has nothing for this base_len: the verifier does not wait for one then. A block for an older base_len whose first tokens equal what was committed since is used from there on.
      5. The verifier sends `verdicts`: for every commit of a member session one entry, also when no block was used. The token that
         ends the reading of the prompt comes as an entry with round -1. draft_budget 0 asks the drafter to rest until the next verdict
         or turn. `turn_ended` always ends a turn, also one that was cancelled; blocks in flight are void then.
@@ -149,7 +149,7 @@ class VerifierServiceServicer(metaclass=_abc_1.ABCMeta):
             comes as verdicts on this stream.
          4. Whenever the drafter holds all committed tokens of a running turn and has no block in flight for it, it may send a block in `blocks`.
             At most one block per session is in flight: from its sending until a verdict names it, or until a verdict commits tokens that
-            contradict it. A block for an older base_len whose first tokens equal what was committed since is used from there on.
+            contradict it. An empty block says that the drafter has nothing for this base_len: the verifier does not wait for one then. A block for an older base_len whose first tokens equal what was committed since is used from there on.
          5. The verifier sends `verdicts`: for every commit of a member session one entry, also when no block was used. The token that
             ends the reading of the prompt comes as an entry with round -1. draft_budget 0 asks the drafter to rest until the next verdict
             or turn. `turn_ended` always ends a turn, also one that was cancelled; blocks in flight are void then.

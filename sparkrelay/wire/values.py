@@ -23,6 +23,7 @@ NOISE_VERSION_LIMIT = 64
 STOP_ID_LIMIT = 1024  # the request's and the model's own together
 CONTEXT_ID_LIMIT = 65_536  # ids of one context frame
 DIMENSION_LIMIT = 8
+EXTENT_LIMIT = 2**40  # elements that a shape may stand for, not counting zeros
 TRACEPARENT_BYTES = 25
 
 _DATA_TYPES: dict[str, tensor_pb2.DataType.ValueType] = {
@@ -88,8 +89,8 @@ def tensor(pb: tensor_pb2.Tensor) -> npt.NDArray[Any]:
     expected = math.prod(shape) * dtype.itemsize
     if expected != len(pb.data):
         raise invalid("data", f"has {len(pb.data)} bytes; shape {list(shape)} of {name} needs {expected}")
-    if any(extent > len(pb.data) for extent in shape):
-        raise invalid("shape", f"{list(shape)} is larger than its data")  # only with a 0 in it
+    if math.prod(max(extent, 1) for extent in shape) > EXTENT_LIMIT:
+        raise invalid("shape", f"{list(shape)} is larger than {EXTENT_LIMIT} elements")  # an empty one, too
     return np.frombuffer(pb.data, dtype=dtype).reshape(shape)
 
 

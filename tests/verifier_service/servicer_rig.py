@@ -26,7 +26,14 @@ from sparkrelay.frames import (
     TurnStarted,
     VerifierFrame,
 )
-from sparkrelay.protocol import ContextArrived, DrafterSide, SessionRewound, VerdictsArrived, chain_hash
+from sparkrelay.protocol import (
+    ContextArrived,
+    DrafterSide,
+    MemberJoined,
+    SessionRewound,
+    VerdictsArrived,
+    chain_hash,
+)
 from sparkrelay.sampling import Sampling
 from sparkrelay.v1 import verifier_service_pb2 as pb2
 from sparkrelay.v1 import verifier_service_pb2_grpc
@@ -34,12 +41,21 @@ from sparkrelay.wire import drafter_frame_pb, feed_request_pb, feed_response, sa
 from verifier_service.depth_policies import parse_depth_policy
 from verifier_service.engine import Engine, EngineSettings
 from verifier_service.events import Command, Event
-from verifier_service.models import TargetModel
+from verifier_service.models import FloatRows, TargetModel
 from verifier_service.models.toy import ToyModel
+from verifier_service.ragged_batch import RaggedBatch
 from verifier_service.servicer import VerifierIdentity, VerifierServicer
 
 WAIT_S = 10.0  # of anything that must happen
 Request = pb2.VerifierServiceGenerateRequest
+
+
+class SlowToyModel(ToyModel):
+    """A toy whose forward takes its time, so that a long turn is still running when a test does something to it."""
+
+    def forward(self, batch: RaggedBatch) -> FloatRows:
+        time.sleep(0.002)
+        return super().forward(batch)
 
 
 class Rig:
@@ -176,6 +192,7 @@ class RawDrafter:
         self.name = name
         self.speculate = rig.stub.Speculate()
         self.feed = rig.stub.FeedContext()
+        self._offered: dict[str, list[int]] = {}  # session -> ids that a join said are held
         self._changed = asyncio.Condition()
         self._tasks: list[asyncio.Task[None]] = []
         fields = {"block_size": 15, "proposal_kind": "raw", **fingerprint}
@@ -216,9 +233,9 @@ class RawDrafter:
         """Takes the invite; returns the handle."""
         invite, ids = await self.frame("Invite", index=index), tuple(held)
         earlier = len(self.of("Joined"))
+        self._offered[invite.session_id] = list(ids)
         await self.say(Join(invite.session_id, invite.token, len(ids), chain_hash(ids)))
         joined = await self.frame("Joined", index=earlier)
-        self.ids[joined.handle] = list(ids[: joined.keep_tokens])
         return int(joined.handle)
 
     async def may_draft(self, handle: int) -> list[int]:
@@ -248,6 +265,9 @@ class RawDrafter:
                         self._fill(verdict.handle, verdict.base_len, ids)
                 elif isinstance(decision, ContextArrived):
                     self._fill(decision.context.handle, decision.context.start, decision.context.token_ids)
+                elif isinstance(decision, MemberJoined):
+                    joined = decision.joined
+                    self.ids[joined.handle] = self._offered[joined.session_id][: joined.keep_tokens]
                 elif isinstance(decision, SessionRewound):
                     del self.ids[decision.rewound.handle][decision.rewound.length :]
             if isinstance(frame, TurnStarted):

@@ -292,6 +292,26 @@ def test_a_block_that_arrives_late_but_right_makes_waiting_worthwhile_again() ->
     assert driver.step() == [], "it waits again"
 
 
+def test_an_empty_block_ends_the_wait_of_its_round_alone() -> None:
+    driver = counting("fixed:4", block_wait_us=WAIT_US)
+    drafted_by(driver, max_tokens=50)
+    assert driver.step() == []
+    [verdict] = verdicts(driver.step(block(1, 4, ())))
+    assert (verdict.base_len, verdict.block_base_len, verdict.depth) == (4, 0, 0)
+    done = driver.rounds("turn-s")[-1].round
+    assert done is not None and (done.block_state, done.drafted_count) == (BlockState.FRESH, 0)
+    assert driver.step() == [], "the next block is awaited again"
+    assert driver.now_us == 0
+
+
+def test_an_empty_block_of_the_past_changes_nothing() -> None:
+    driver = counting("fixed:4", block_wait_us=WAIT_US)
+    drafted_by(driver, max_tokens=50)
+    driver.run(block(1, 3, ()))
+    assert len(driver.output("turn-s")) == 50
+    assert driver.now_us == WAIT_US
+
+
 def test_nobody_waits_for_a_drafter_that_left() -> None:
     driver = counting(block_wait_us=WAIT_US)
     drafted_by(driver, max_tokens=50)

@@ -14,7 +14,7 @@ from sparkrelay.sampling import Sampling
 from sparkrelay.telemetry import new_trace_context, to_metadata
 from sparkrelay.v1 import generation_pb2
 from sparkrelay.v1 import verifier_service_pb2 as pb2
-from tests.verifier_service.servicer_rig import Rig, request, rig, rounds, token_ids
+from tests.verifier_service.servicer_rig import Rig, SlowToyModel, request, rig, rounds, token_ids
 
 
 async def refused(rig: Rig, message: Any, **call: Any) -> Any:
@@ -106,7 +106,7 @@ async def test_what_only_the_engine_knows_is_refused_with_its_reason() -> None:
 
 
 async def test_a_turn_and_a_session_run_once_at_a_time() -> None:
-    async with rig() as verifier:
+    async with rig(model=SlowToyModel()) as verifier:
         running = verifier.stub.Generate(request(max_tokens=4000))
         await running.read()
         same_turn = await refused(verifier, request("t1", session="s2"))
@@ -116,7 +116,7 @@ async def test_a_turn_and_a_session_run_once_at_a_time() -> None:
 
 
 async def test_a_cancelled_or_late_call_frees_its_session() -> None:
-    async with rig() as verifier:
+    async with rig(model=SlowToyModel()) as verifier:
         running = verifier.stub.Generate(request(max_tokens=4000))
         await running.read()
         running.cancel()
@@ -156,7 +156,7 @@ async def test_many_turns_at_once_all_get_all_their_tokens() -> None:
 
 
 async def test_a_drain_lets_a_short_turn_finish_and_refuses_new_ones() -> None:
-    async with rig() as verifier:
+    async with rig(model=SlowToyModel()) as verifier:
         running = verifier.stub.Generate(request(max_tokens=300))
         await running.read()
         drain = asyncio.create_task(verifier.servicer.drain(20.0))
@@ -169,7 +169,7 @@ async def test_a_drain_lets_a_short_turn_finish_and_refuses_new_ones() -> None:
 
 
 async def test_a_drain_cancels_what_does_not_finish_in_time() -> None:
-    async with rig() as verifier:
+    async with rig(model=SlowToyModel()) as verifier:
         running = verifier.stub.Generate(request(max_tokens=4000))
         await running.read()
         await verifier.servicer.drain(0.0)

@@ -1,4 +1,4 @@
-"""Who enters a step, and when it waits (DESIGN 7a)."""
+"""Who enters a step, and when it waits."""
 
 from __future__ import annotations
 

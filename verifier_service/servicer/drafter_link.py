@@ -48,6 +48,7 @@ from verifier_service.context_feed import ContextFeed
 from verifier_service.drafters import Drafter
 from verifier_service.events import BlockArrived
 
+MERGED_ENTRIES = 1024  # verdicts of one frame
 OUTBOX_LIMIT = 1024  # frames that may wait for a drafter that does not read
 CONFIDENCES = tuple(step / 255 for step in range(256))
 
@@ -318,6 +319,12 @@ class DrafterLink:
             self.say(self._keepalive.ping(self._now_s()))
 
     def _queue(self, frame: VerifierFrame) -> None:
+        last = self.outbox[-1] if self.outbox else None
+        if isinstance(frame, Verdicts) and isinstance(last, Verdicts):
+            entries = last.entries + frame.entries  # the drafter is behind: steps that wait travel together
+            if len(entries) <= MERGED_ENTRIES:
+                self.outbox[-1] = Verdicts(entries)
+                return
         self.outbox.append(frame)
         self.wake.set()
         if len(self.outbox) > self._settings.outbox_limit:

@@ -1,0 +1,181 @@
+"""`sparkrelay generate`: ask the running stack, or a remote gateway, for one answer."""
+
+from __future__ import annotations
+
+import json
+import sys
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from sparkrelay.client.blocking import Client, Session
+    from sparkrelay.client.errors import SparkRelayError
+    from sparkrelay.client.results import Generation
+
+HELP = """Generate text with a running stack (`sparkrelay up`).
+
+The answer goes to stdout as it is made, a summary to stderr. With --json, stdout is one object: turn_id, text, token_ids,
+finish_reason, usage, seed, timing, rounds (each with drafted, depth, accepted).
+"""
+NEW_SESSION = "new"
+
+
+def register(app: typer.Typer) -> None:
+    app.command("generate", help=HELP)(generate)
+
+
+def generate(
+    prompt: Annotated[
+        str, typer.Option("--prompt", "-p", help="The text to answer; - reads it from stdin.")
+    ] = "",
+    token_ids: Annotated[str, typer.Option(help="Token ids instead of text, separated by commas.")] = "",
+    system: Annotated[str, typer.Option(help="A system message before the prompt.")] = "",
+    chat: Annotated[
+        bool | None,
+        typer.Option(
+            "--chat/--raw", help="By the model's chat template, or the text as it is. Default: if it has one."
+        ),
+    ] = None,
+    model: Annotated[str, typer.Option(help="The model, if more than one is served.")] = "",
+    max_tokens: Annotated[int, typer.Option(min=1, help="The most tokens to produce.")] = 256,
+    temperature: Annotated[float, typer.Option(help="0 is greedy; higher is more varied.")] = 0.0,
+    top_p: Annotated[
+        float, typer.Option(help="Keep the likeliest tokens up to this probability; 1 keeps all.")
+    ] = 1.0,
+    top_k: Annotated[int, typer.Option(help="Keep so many of the likeliest tokens; 0 keeps all.")] = 0,
+    min_p: Annotated[
+        float, typer.Option(help="Keep tokens so likely relative to the likeliest; 0 keeps all.")
+    ] = 0.0,
+    seed: Annotated[
+        int | None,
+        typer.Option(help="The same seed gives the same tokens; left out, one is drawn and reported."),
+    ] = None,
+    stop: Annotated[
+        list[str] | None, typer.Option(help="End where this text appears; may be given often.")
+    ] = None,
+    speculation: Annotated[str, typer.Option(help="off, fixed:K with K from 0 to 15, or auto.")] = "auto",
+    session: Annotated[
+        str,
+        typer.Option(
+            help="Id of a session to run in, with the whole conversation; new opens one and names it."
+        ),
+    ] = "",
+    stream: Annotated[bool, typer.Option(help="Print text as it comes, or all at the end.")] = True,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text.")] = False,
+    gateway: Annotated[
+        str,
+        typer.Option(
+            help="Address of the gateway; else SPARKRELAY_GATEWAY, else what `sparkrelay up` started."
+        ),
+    ] = "",
+    timeout: Annotated[
+        float, typer.Option(min=0.001, help="Seconds until the answer must be complete.")
+    ] = 600.0,
+) -> None:
+    # Imported here: grpc takes a while, and `--help` should not.
+    from sparkrelay.client.blocking import connect
+    from sparkrelay.client.errors import SparkRelayError
+
+    options: dict[str, Any] = {
+        "model": model,
+        "max_tokens": max_tokens,
+        "temperature": temperature,
+        "top_p": top_p,
+        "top_k": top_k,
+        "min_p": min_p,
+        "seed": seed,
+        "stop": stop or (),
+        "speculation": speculation,
+        "include_rounds": True,
+    }
+    try:
+        with connect(gateway or None, timeout=timeout) as client:
+            options |= turn_input(client, prompt, token_ids, system, chat, model)
+            answer(client, options, session, show_text=not as_json, stream=stream)
+    except SparkRelayError as error:
+        print(explain(error), file=sys.stderr)
+        raise typer.Exit(1) from None
+    except KeyboardInterrupt:
+        raise typer.Exit(130) from None
+
+
+def turn_input(
+    client: Client, prompt: str, token_ids: str, system: str, chat: bool | None, model: str
+) -> dict[str, Any]:
+    """The one input field of the request: messages, prompt or token_ids."""
+    if bool(prompt) == bool(token_ids):
+        raise typer.BadParameter("give exactly one of --prompt and --token-ids")
+    if token_ids:
+        try:
+            return {"token_ids": [int(part) for part in token_ids.split(",")]}
+        except ValueError:
+            raise typer.BadParameter(
+                f"--token-ids: {token_ids!r} is no list of numbers; write 1,2,3"
+            ) from None
+    text = sys.stdin.read() if prompt == "-" else prompt
+    if system and chat is False:
+        raise typer.BadParameter("--system needs the chat template; leave out --raw")
+    if chat is None:
+        models = client.list_models()
+        chat = bool(system) or any(each.has_chat_template for each in models if model in ("", each.name))
+    if not chat:
+        return {"prompt": text}
+    messages = [{"role": "system", "content": system}] if system else []
+    return {"messages": [*messages, {"role": "user", "content": text}]}
+
+
+def answer(client: Client, options: dict[str, Any], session: str, *, show_text: bool, stream: bool) -> None:
+    """Runs the turn and prints it."""
+    opener = open_session(client, session, options["model"]) if session else client
+    with opener.generate_stream(**options) as turn:
+        if show_text and stream:
+            for delta in turn:
+                print(delta.text, end="", flush=True)
+        generation = turn.result
+    if not show_text:
+        print(json.dumps(generation.to_dict()))
+        return
+    print("" if stream else generation.text)
+    print(summary(generation), file=sys.stderr)
+
+
+def open_session(client: Client, session: str, model: str) -> Session:
+    """The session of this id, or a new one whose id goes to stderr."""
+    from sparkrelay.client.blocking import Session
+
+    if session != NEW_SESSION:
+        return Session(client, client.get_session(session))
+    opened = client.create_session(model=model)
+    print(f"session {opened.session_id}", file=sys.stderr)
+    return opened
+
+
+def tokens_per_s(generation: Generation) -> float:
+    """Speed of decoding: tokens after the first one, over the time since the first one; 0 for a single token."""
+    decode_us = generation.timing.total_us - generation.timing.first_token_us
+    count = generation.usage.output - 1
+    return 1e6 * count / decode_us if count > 0 and decode_us > 0 else 0.0
+
+
+def summary(generation: Generation) -> str:
+    """One line about a turn, for people."""
+    usage, totals = generation.usage, generation.totals
+    parts = [f"{usage.output} tokens", generation.finish_reason, f"{tokens_per_s(generation):.1f} tokens/s"]
+    if totals.drafted:
+        parts.append(f"{generation.accepted_length:.2f} tokens a round")
+        parts.append(f"{totals.accepted} of {totals.drafted} drafted accepted")
+    elif generation.no_drafter_reason:
+        parts.append(f"no drafter: {generation.no_drafter_reason}")
+    return f"[{', '.join(parts)}; turn {generation.turn_id}, seed {generation.seed}]"
+
+
+def explain(error: SparkRelayError) -> str:
+    """What happened, the fields at fault, and how to find it again in logs and traces."""
+    lines = [f"error: {error.message}"]
+    lines += [f"  {violation.field}: {violation.message}" for violation in error.violations]
+    where = [("reason", error.reason), ("turn", error.turn_id), ("trace", error.trace_id)]
+    known = [f"{name} {value}" for name, value in where if value and value != "UNSPECIFIED"]
+    if known:
+        lines.append(f"  ({', '.join(known)})")
+    return "\n".join(lines)

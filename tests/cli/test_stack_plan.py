@@ -1,0 +1,62 @@
+"""What `up` starts, before it starts anything."""
+
+from __future__ import annotations
+
+import socket
+
+from sparkrelay.cli.stack_plan import StackOptions, any_free_port, free_port, plan_stack
+
+
+def argument(arguments: tuple[str, ...], flag: str) -> str:
+    return arguments[arguments.index(flag) + 1]
+
+
+def test_the_usual_ports_are_taken_where_they_are_free() -> None:
+    plan = plan_stack(StackOptions(drafter_count=2), cores=2, pick_port=lambda usual: usual)
+    assert [process.listen for process in plan.processes] == [
+        "127.0.0.1:7071",
+        "127.0.0.1:7072",
+        "127.0.0.1:7073",
+        "127.0.0.1:7070",
+    ]
+    assert plan.gateway.health_listen == "127.0.0.1:7170"
+
+
+def test_drafters_and_gateway_dial_the_verifier_of_the_plan() -> None:
+    ports = iter(range(9000, 9100))
+    plan = plan_stack(StackOptions(drafter_count=2), cores=2, pick_port=lambda _usual: next(ports))
+    for process in (*plan.drafters, plan.gateway):
+        assert argument(process.arguments, "--verifiers") == plan.verifier.listen == "127.0.0.1:9000"
+    assert (
+        len({process.listen for process in plan.processes} | {p.health_listen for p in plan.processes}) == 8
+    )
+
+
+def test_a_small_machine_gives_the_drafter_one_thread_and_the_verifier_all() -> None:
+    for cores, threads in ((2, "1"), (4, "1"), (16, "4")):
+        plan = plan_stack(StackOptions(), cores, free_port)
+        assert argument(plan.verifier.arguments, "--threads") == str(cores)
+        assert argument(plan.drafters[0].arguments, "--threads") == threads
+        assert ("GOMP_SPINCOUNT" in plan.drafters[0].environment) == (cores > 4)
+
+
+def test_drafter_none_is_a_stack_without_drafters() -> None:
+    assert plan_stack(StackOptions(drafter="none"), 2, free_port).drafters == ()
+
+
+def test_a_causal_lm_drafter_without_a_model_gets_the_target_itself() -> None:
+    plan = plan_stack(StackOptions(model="some-model", drafter="causal_lm"), 2, free_port)
+    assert argument(plan.drafters[0].arguments, "--model") == "some-model"
+
+
+def test_further_flags_reach_their_service_alone() -> None:
+    plan = plan_stack(StackOptions(flags={"drafter": ("--seed", "7")}), 2, free_port)
+    assert plan.drafters[0].arguments[-2:] == ("--seed", "7")
+    assert "--seed" not in plan.verifier.arguments
+
+
+def test_a_busy_port_is_replaced_by_a_free_one() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as busy:
+        taken = busy.getsockname()[1]
+        assert free_port(taken) not in (taken, 0)
+    assert any_free_port(7070) != 7070
