@@ -120,7 +120,7 @@ def commit(
     events.append(Committed(command.turn_id, base_len, tokens, report, logprobs))
     turn.reading = False
     turn.rested_us = facts.ended_us
-    turn.wait.deadline_us, turn.wait.skipped, turn.wait.passed = None, False, False
+    turn.wait.skipped = turn.wait.passed = False
     if member is None:
         return
     accepted = verdict.accepted
@@ -198,7 +198,7 @@ def _plain_state(turn: Turn, member: Member | None, base_len: int) -> BlockState
         return BlockState.NO_DRAFTER
     if turn.wait.passed:
         return BlockState.FRESH  # it came, and there was nothing in it
-    given_up = not turn.wait.patient and turn.end_len - base_len > 1
+    given_up = (not turn.wait.patient or turn.wait.skipped) and turn.end_len - base_len > 1
     return BlockState.LATE if given_up else BlockState.NOT_ASKED
 
 

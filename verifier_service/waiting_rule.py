@@ -64,10 +64,8 @@ def at_boundary(
         turns = [(sequence, _turn(sequence)) for sequence in pending]
         late = [sequence for sequence, turn in turns if turn.wait.skipped]
         for _, turn in turns:
-            if turn.wait.skipped:
-                turn.wait.give_up()
-            else:
-                turn.wait.skipped = True
+            # Once skipped it enters; its wait runs on behind it, and ends when its deadline passes or a block comes.
+            turn.wait.skipped = True
         return Boundary(able + late)
     deadlines = [_turn(sequence).wait.deadline_us for sequence in pending]
     return Boundary([], min(deadline for deadline in deadlines if deadline is not None))
