@@ -203,6 +203,8 @@ class Context:
 
 
 DrafterFrame = Hello | Join | Blocks | Leave | Ping | Pong
-VerifierFrame = Welcome | Invite | Joined | TurnStarted | Rewound | Verdicts | TurnEnded | Left | Drain | Ping | Pong
+VerifierFrame = (
+    Welcome | Invite | Joined | TurnStarted | Rewound | Verdicts | TurnEnded | Left | Drain | Ping | Pong
+)
 FeedRequestFrame = FeedAttach | Credit | Ping | Pong
 FeedResponseFrame = Context | Ping | Pong

@@ -64,23 +64,32 @@ class Sampling:
         _within("temperature", self.temperature, 0.0, 100.0)
         _within("top_k", self.top_k, 0, 2**31 - 1)
         if not 0.0 < self.top_p <= 1.0:
-            raise InvalidField("top_p", f"is {self.top_p}; send a number above 0 and at most 1 (1 turns it off)")
+            raise InvalidField(
+                "top_p", f"is {self.top_p}; send a number above 0 and at most 1 (1 turns it off)"
+            )
         _within("min_p", self.min_p, 0.0, 1.0)
         if not 0.0 < self.repetition_penalty <= 100.0:
             raise InvalidField(
-                "repetition_penalty", f"is {self.repetition_penalty}; send a number above 0 and at most 100 (1 is off)"
+                "repetition_penalty",
+                f"is {self.repetition_penalty}; send a number above 0 and at most 100 (1 is off)",
             )
         _within("presence_penalty", self.presence_penalty, -100.0, 100.0)
         _within("frequency_penalty", self.frequency_penalty, -100.0, 100.0)
         _within("min_tokens", self.min_tokens, 0, 2**31 - 1)
         _within("seed", self.seed, 0, MAX_SEED)
         if len(self.logit_bias) > MAX_LOGIT_BIASES:
-            raise InvalidField("logit_bias", f"has {len(self.logit_bias)} entries; send at most {MAX_LOGIT_BIASES}")
+            raise InvalidField(
+                "logit_bias", f"has {len(self.logit_bias)} entries; send at most {MAX_LOGIT_BIASES}"
+            )
         for token_id, bias in self.logit_bias:
             if not 0 <= token_id < vocab_size:
-                raise InvalidField("logit_bias", f"names token {token_id}; the vocabulary has ids 0 to {vocab_size - 1}")
+                raise InvalidField(
+                    "logit_bias", f"names token {token_id}; the vocabulary has ids 0 to {vocab_size - 1}"
+                )
             if not -1000.0 <= bias <= 1000.0:
-                raise InvalidField("logit_bias", f"of token {token_id} is {bias}; send a number from -1000 to 1000")
+                raise InvalidField(
+                    "logit_bias", f"of token {token_id} is {bias}; send a number from -1000 to 1000"
+                )
 
 
 def _within(field: str, value: float, lowest: float, highest: float) -> None:

@@ -31,7 +31,9 @@ WIDTH = 34
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--check", action="store_true", help="change nothing; exit 1 if README.md is out of date")
+    parser.add_argument(
+        "--check", action="store_true", help="change nothing; exit 1 if README.md is out of date"
+    )
     check = parser.parse_args().check
     readme = ROOT / "README.md"
     text = readme.read_text(encoding="utf-8")

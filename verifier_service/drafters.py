@@ -257,7 +257,8 @@ class Drafters:
 
     def _invite(self, wish: _Wish, drafter: Drafter) -> SendInvite:
         wish.asked = drafter.drafter_id
-        self.session_over(wish.session_id)  # one drafter at a time: an older invitation could push this one out
+        # One drafter at a time: an older invitation could push this one out.
+        self.session_over(wish.session_id)
         token = drafter.invites[wish.session_id] = self._new_token()
         if len(drafter.invites) > INVITE_LIMIT:
             del drafter.invites[next(iter(drafter.invites))]

@@ -92,10 +92,13 @@ class VerifierServiceServicer:
         comes as verdicts on this stream.
         4. Whenever the drafter holds all committed tokens of a running turn and has no block in flight for it, it may send a block in `blocks`.
         At most one block per session is in flight: from its sending until a verdict names it, or until a verdict commits tokens that
-        contradict it. An empty block says that the drafter has nothing for this base_len: the verifier does not wait for one then. A block for an older base_len whose first tokens equal what was committed since is used from there on.
+        contradict it. A block for an older base_len whose first tokens equal what was committed since is used from there on.
+        An empty block says that the drafter has nothing for this base_len: the verifier does not wait for one then.
         5. The verifier sends `verdicts`: for every commit of a member session one entry, also when no block was used. The token that
         ends the reading of the prompt comes as an entry with round -1. draft_budget 0 asks the drafter to rest until the next verdict
         or turn. `turn_ended` always ends a turn, also one that was cancelled; blocks in flight are void then.
+        A `ping` follows it: blocks that come before its pong belong to the ended turn and are ignored, so the drafter answers pings in order
+        with its blocks. `rewound` never overtakes context: while some is on its way the membership ends with `left` SLOW and a new invite follows.
         6. Either side ends a membership with `leave` or `left` and a reason. `drain` announces that the verifier will end: no new
         invites, members go on until the deadline. Both sides send `ping` every second and answer `pong`; 3 s of silence is a loss.
 
