@@ -53,7 +53,8 @@ class DrafterServicer(pb2_grpc.DrafterServiceServicer):
         while not self._ended.is_set():
             yield self._report()
             try:
-                await asyncio.wait_for(self._ended.wait(), REPORT_EVERY_S)
+                async with asyncio.timeout(REPORT_EVERY_S):
+                    await self._ended.wait()
             except TimeoutError:
                 continue
 

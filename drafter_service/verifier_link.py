@@ -229,7 +229,8 @@ class _Conversation:
     ) -> NoReturn:
         """FeedContext, on credit: what the engine has not taken yet counts against it. And the pings of both streams."""
         try:
-            welcome = await asyncio.wait_for(self._welcome, self._times.welcome_s)
+            async with asyncio.timeout(self._times.welcome_s):
+                welcome = await self._welcome
         except TimeoutError:
             raise Refusal(Reason.SILENT, f"no welcome within {self._times.welcome_s:g} s") from None
         feed = stub.FeedContext()

@@ -36,6 +36,7 @@ log = structlog.get_logger(__name__)
 FRAME_LIMIT_BYTES = 4 * 1024 * 1024
 STALL_LIMIT_S = 10.0  # an event loop that has not run for so long is stuck: liveness says NOT_SERVING
 CUT_OFF_S = 0.5  # between the end of the drain and cutting off what is still open
+LAST_WORDS_S = 5.0  # after the drain: what a process may take to close what it holds
 
 # Two services that share a port would each get half of the calls: the kernel's default is to allow it.
 SERVER_OPTIONS: tuple[tuple[str, Any], ...] = (
@@ -259,6 +260,7 @@ async def _until_the_end(
         await server.stop(0)
         return
     log.info("draining", limit_ms=round(drain_s * 1000))
+    _end_for_certain(drain_s + LAST_WORDS_S)
     drain = asyncio.create_task(_drain(server, on_drain, drain_s))
     while not drain.done() and not lifecycle.must_stop_now:
         change = asyncio.create_task(lifecycle.changed())
@@ -271,11 +273,24 @@ async def _until_the_end(
     await server.stop(0)
 
 
+def _end_for_certain(limit_s: float) -> None:
+    """A process that was told to end does end, even if something in it waits for ever: that is a bug, and the log says so."""
+
+    def cut() -> None:
+        log.error("did not end in time: cut off", limit_s=round(limit_s, 1))
+        os._exit(1)
+
+    timer = threading.Timer(limit_s, cut)
+    timer.daemon = True
+    timer.start()
+
+
 async def _drain(
     server: grpc.aio.Server, on_drain: Callable[[float], Awaitable[None]], drain_s: float
 ) -> None:
     try:
-        await asyncio.wait_for(on_drain(drain_s), drain_s)
+        async with asyncio.timeout(drain_s):
+            await on_drain(drain_s)
     except TimeoutError:
         log.warning("the drain took too long: what is open is cut off", limit_ms=round(drain_s * 1000))
         return

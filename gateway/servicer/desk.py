@@ -85,7 +85,8 @@ class FrontDesk:
         self.draining = True
         self.board.close()
         try:
-            await asyncio.wait_for(self._until_idle(), max(seconds - END_MARGIN_S, 0.0))
+            async with asyncio.timeout(max(seconds - END_MARGIN_S, 0.0)):
+                await self._until_idle()
         except TimeoutError:
             self.pool.end_calls(
                 Refusal(Reason.DRAINING, "The gateway is leaving and cut the turn off. Ask again.")

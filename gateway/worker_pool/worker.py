@@ -101,9 +101,11 @@ class VerifierWorker:
         )
 
     async def run(self) -> None:
-        """Connects, watches, and connects again, for ever."""
+        """Connects, watches, and connects again, until it is cancelled."""
         pause_s = self._times.backoff_min_s
-        while True:
+        task = asyncio.current_task()
+        # Asked, not only caught: a cancel that comes together with the end of a call is lost in it.
+        while task is None or not task.cancelling():
             try:
                 await self._connect()
                 pause_s = self._times.backoff_min_s
@@ -186,7 +188,8 @@ class VerifierWorker:
         call: Any = self._stub.WatchLoad(verifier_pb.VerifierServiceWatchLoadRequest())
         try:
             while True:
-                report = await asyncio.wait_for(call.read(), self._times.silence_s)
+                async with asyncio.timeout(self._times.silence_s):
+                    report = await call.read()
                 if report is grpc.aio.EOF:
                     raise Gone("it ended its load reports")
                 self._take_report(report)

@@ -44,7 +44,7 @@ Next:
   sparkrelay generate --prompt "Why is the sky blue?"      ask them, in another terminal
   sparkrelay generate --prompt "Why is the sky blue?" --temperature 0.7 --seed 1 --json"""
 TOKENS = 160
-WARM_UP_TOKENS = 4
+WARM_UP_TOKENS = 24
 
 
 @dataclass(frozen=True, slots=True)

@@ -80,9 +80,8 @@ def up(tmp_path: Path) -> Iterator[Callable[..., Up]]:
 
     yield start
     for running in started:
-        if running.process.poll() is None:
-            running.process.kill()
-        running.process.wait()
+        running.process.terminate()
+        running.process.wait(timeout=30)
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
@@ -98,6 +97,14 @@ def test_a_signal_leaves_no_process_no_port_and_no_runtime_file(up: Callable[...
     assert len(addresses) == 6
     for address in addresses:
         socket.create_server(("127.0.0.1", int(address.rpartition(":")[2]))).close()
+
+
+def test_services_end_by_themselves_when_up_is_killed(up: Callable[..., Up]) -> None:
+    running = up()
+    pids = running.runtime["pids"]
+    running.process.kill()
+    running.process.wait()
+    wait_until(lambda: not any(is_alive(pid) for name, pid in pids.items() if name != "up"))
 
 
 def test_generate_prints_one_object_with_the_promised_keys(up: Callable[..., Up]) -> None:

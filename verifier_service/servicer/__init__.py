@@ -161,7 +161,8 @@ class VerifierServicer(verifier_service_pb2_grpc.VerifierServiceServicer):
                 if self._ended:
                     return
                 with contextlib.suppress(TimeoutError):
-                    await asyncio.wait_for(watched.wait(), REPORT_EVERY_S)
+                    async with asyncio.timeout(REPORT_EVERY_S):
+                        await watched.wait()
                 watched.clear()
         finally:
             self._hub.unwatch(watched)
@@ -187,7 +188,8 @@ class VerifierServicer(verifier_service_pb2_grpc.VerifierServiceServicer):
                 link.say(Drain(int(limit_s * 1000)))
         self._hub.announce()
         with contextlib.suppress(TimeoutError):
-            await asyncio.wait_for(self._hub.idle.wait(), limit_s)
+            async with asyncio.timeout(limit_s):
+                await self._hub.idle.wait()
         self.fail("this verifier is draining: the turn did not finish in time")
         self._ended = True
         self._hub.announce()
