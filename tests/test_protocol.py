@@ -302,6 +302,16 @@ def test_a_verifier_that_breaks_the_rules_of_a_session_loses_the_member(frame: A
     assert drafter.handles == []
 
 
+@pytest.mark.parametrize(("block_size", "block_limit"), [(7, 6), (7, 0), (0, 0), (1, -1)])
+def test_a_welcome_that_takes_no_blocks_of_the_announced_size_closes_the_stream(
+    block_size: int, block_limit: int
+) -> None:
+    drafter = DrafterSide()
+    drafter.send(hello(block_size=block_size))
+    with pytest.raises(protocol.RemoteProtocolError, match="block_limit"):
+        drafter.receive(Welcome(1, "v", "e", b"s", 4, block_limit, 1))
+
+
 def test_context_that_never_finds_its_turn_is_bounded() -> None:
     _, drafter = pair()
     for start in range(EARLY_LIMIT):

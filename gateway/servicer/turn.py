@@ -135,6 +135,7 @@ class TurnRun:
         refusal: Refusal | None = None
         while True:
             placement = self._place(job, retries.excluded, refusal)
+            self._leave_old_place(session, placement)
             plan = session.plan_turn(job.turn.prompt_ids, placement.binding)
             try:
                 async with aclosing(self._run(job, placement, plan)) as responses:
@@ -149,6 +150,11 @@ class TurnRun:
             if refusal.reason in (Reason.PREFIX_MISMATCH, Reason.SESSION_NOT_FOUND):
                 session.tokens.clear()
             await asyncio.sleep(pause_s)
+
+    def _leave_old_place(self, session: Session, placement: Placement) -> None:
+        """A session that moves leaves nothing behind. At the same address it has been forgotten, or is kept."""
+        if session.binding is not None and session.binding.address != placement.binding.address:
+            self._desk.release(session)
 
     def _place(self, job: Job, excluded: frozenset[str], earlier: Refusal | None) -> Placement:
         """Raises the refusal of the earlier attempt, if there was one, when there is nowhere else to go."""

@@ -82,6 +82,7 @@ class DrafterSide:
 
     def __init__(self) -> None:
         self.state = Stream.NEW
+        self._block_size = 0  # the most tokens of our blocks, as the hello says; 0: as many as are taken
         self._block_limit = 0
         self._session_limit = 0
         self._versions = (0, 0)
@@ -143,6 +144,11 @@ class DrafterSide:
         if not low <= welcome.protocol_version <= high:
             message = f"welcome of protocol version {welcome.protocol_version}: {low} to {high} were offered"
             raise RemoteProtocolError(Reason.PROTOCOL_VERSION, message)
+        if welcome.block_limit < max(self._block_size, 1):
+            message = (
+                f"welcome with block_limit {welcome.block_limit}: blocks of {self._block_size} were announced"
+            )
+            raise RemoteProtocolError(Reason.PROTOCOL_VIOLATION, message)
         self.state = Stream.OPEN
         self._block_limit, self._session_limit = welcome.block_limit, welcome.session_limit
         return [Welcomed(welcome)]
@@ -261,6 +267,7 @@ class DrafterSide:
     def _hello(self, hello: Hello) -> None:
         self.state = Stream.GREETED
         self._versions = (hello.protocol_min, hello.protocol_max)
+        self._block_size = hello.fingerprint.block_size
 
     def _join(self, join: Join) -> None:
         if join.session_id in self._asked:

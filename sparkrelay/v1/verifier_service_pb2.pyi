@@ -609,7 +609,7 @@ class Invite(_message.Message):
     token: _builtins.bytes
     """Proof of the invitation, to be repeated in the join."""
     traceparent: _builtins.bytes
-    """Trace context of the turn that asks: the 25 bytes version, trace id, span id, flags; empty if not sampled."""
+    """Trace context of the turn that asks: the 25 bytes trace id, span id, flags; empty if not sampled."""
     def __init__(
         self,
         *,

@@ -144,6 +144,19 @@ async def test_a_drained_worker_keeps_its_sessions_and_gets_no_new_ones() -> Non
             await client.drain_worker("127.0.0.1:1")
 
 
+async def test_a_session_that_moves_leaves_nothing_behind_at_its_old_verifier() -> None:
+    async with running({}, {}) as stack, sparkrelay.aio.connect(stack.address) as client:
+        session = await client.create_session()
+        await session.generate(token_ids=PROMPT, max_tokens=2)
+        home = next(verifier for verifier in stack.verifiers if verifier.requests)
+        other = next(verifier for verifier in stack.verifiers if not verifier.requests)
+        home.refusals = [Refusal(Reason.OVERLOADED, "full")]
+        whole = await session.generate(token_ids=PROMPT, max_tokens=2)
+        assert whole.token_ids == continuation(PROMPT, 2)
+        await stack.until(lambda: home.ended_sessions == [session.session_id])
+        assert (other.requests[0].keep_len, other.ended_sessions) == (0, [])
+
+
 async def test_a_leaving_gateway_takes_no_turns_and_cuts_off_what_does_not_end() -> None:
     async with running({"hold_after": 4}) as stack, sparkrelay.aio.connect(stack.address) as client:
         async with client.generate_stream(token_ids=PROMPT) as stream:
