@@ -217,6 +217,7 @@ class BatchScheduler:
     def _preempt(self, sequence: Sequence) -> None:
         self.preempted_count += 1
         _turn(sequence).reading = True
+        _turn(sequence).reading_begun = False
         self._memory.release(sequence)
         del self.running[sequence.sequence_id]
         self.queue.appendleft(sequence)
@@ -229,12 +230,22 @@ class BatchScheduler:
                 break
             if sequence.sequence_id not in self.running:
                 continue  # preempted while this step was planned
+            if not _turn(sequence).reading_begun:
+                self._begin_reading(sequence)
             start = sequence.state_len
             rows = sequence.token_ids[start : start + row_count]
             row_count -= len(rows)
             complete = start + len(rows) == sequence.base_len
             entries.append(Entry(sequence, Segment(sequence.sequence_id, start, rows, int(complete)), 0))
         return entries
+
+    def _begin_reading(self, sequence: Sequence) -> None:
+        """Looks once more for somebody who remembers the beginning: in a crowd with one system prompt, whoever read first."""
+        turn = _turn(sequence)
+        turn.reading_begun = True
+        self._memory.reuse(sequence)
+        if sequence.base_len == turn.opened_len:
+            turn.cached_count = min(sequence.state_len, turn.command.output_start)
 
     def check_integrity(self) -> None:
         for sequence_id, sequence in self.running.items():
