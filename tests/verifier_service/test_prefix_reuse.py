@@ -11,6 +11,7 @@ from sparkrelay.store import ModelFiles
 from tests.verifier_service.driver import Driver, of, turn
 from tests.verifier_service.plain_decoder import decode
 from verifier_service.events import EndSession, StartTurn, TurnAccepted, TurnOver, TurnRefused
+from verifier_service.models import TargetModel
 from verifier_service.models.toy import SnapshotToyModel, ToyModel
 
 LIMIT = 4096
@@ -253,3 +254,35 @@ def test_the_demo_model_says_the_same_with_a_borrowed_beginning(demo_model: Mode
     driver.run(turn("a", "a", [*shared, 504, 505, 506], max_tokens=1))
     assert cached(driver, command) == 1024
     assert driver.output("b") == alone.output("b")
+
+
+@pytest.fixture(scope="module")
+def slabs(tmp_path_factory: pytest.TempPathFactory) -> TargetModel:
+    """A tiny model with real keys and values, in blocks of 512 tokens."""
+    from transformers import LlamaConfig
+
+    from tests.device.tiny_models import COMMON, save_tiny
+    from verifier_service.models.huggingface import HuggingFaceModel
+
+    folder = save_tiny(LlamaConfig(**COMMON), tmp_path_factory.mktemp("models") / "tiny")
+    return HuggingFaceModel.load(folder, model_id="tiny", dtype="float32")
+
+
+def test_16_sessions_share_slabs_that_hold_a_quarter_of_them_and_say_the_same(slabs: TargetModel) -> None:
+    shared = text(400)
+    commands = [turn(f"s{n}", f"t{n}", shared + text(96, n + 2), max_tokens=24) for n in range(16)]
+    outputs = []
+    for block_count in (32, 8):
+        driver = Driver(slabs, block_count=block_count, leftover_percent=0)
+        driver.run(*commands)
+        outputs.append([driver.output(command.turn_id) for command in commands])
+        load = driver.engine.load()
+        driver.step(*(EndSession(command.session_id) for command in commands))
+        assert load.reused_count > 0
+    assert load.preempted_count > 0
+    assert outputs[0] == outputs[1] and len({tuple(output) for output in outputs[0]}) > 1
+    for command, output in zip(commands[:4], outputs[0], strict=False):
+        alone = Driver(slabs, block_count=2, leftover_percent=0)
+        assert cached(alone, command) == 0
+        assert alone.output(command.turn_id) == output
+        alone.step(EndSession(command.session_id))
