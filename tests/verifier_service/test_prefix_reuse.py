@@ -241,6 +241,7 @@ def test_a_rewind_of_any_depth_goes_on_as_if_the_rest_had_never_been(depth: int)
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(300)  # two readings of 1,024 tokens by a real model, on however busy a machine
 def test_the_demo_model_says_the_same_with_a_borrowed_beginning(demo_model: ModelFiles) -> None:
     from verifier_service.models.huggingface import HuggingFaceModel
 
@@ -281,7 +282,7 @@ def test_16_sessions_share_slabs_that_hold_a_quarter_of_them_and_say_the_same(sl
         assert load.reused_count > 0
     assert load.preempted_count > 0
     assert outputs[0] == outputs[1] and len({tuple(output) for output in outputs[0]}) > 1
-    for command, output in zip(commands[:4], outputs[0], strict=False):
+    for command, output in zip(commands[:2], outputs[0], strict=False):
         alone = Driver(slabs, block_count=2, leftover_percent=0)
         assert cached(alone, command) == 0
         assert alone.output(command.turn_id) == output
