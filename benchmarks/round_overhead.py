@@ -32,6 +32,7 @@ from sparkrelay.cli.stack_plan import StackOptions, any_free_port, plan_stack
 from sparkrelay.cli.up import core_count
 from sparkrelay.server import CHANNEL_OPTIONS
 from sparkrelay.v1 import generation_pb2, verifier_service_pb2, verifier_service_pb2_grpc
+from sparkrelay.wire import commits
 
 BUDGET_MS = {1: 1.0, 16: 1.2, 256: 2.0}
 BUDGET_BYTES = 80
@@ -172,7 +173,7 @@ def measure(
 ) -> Measured:
     """Boils the round reports of all turns down. The first and last rounds of each turn are left out: not all turns run then."""
     turns = [
-        [commit.round for batch in batches for commit in batch.commits if commit.HasField("round")]
+        [commit.report for batch in batches for commit in commits(batch) if commit.report is not None]
         for batches in answers
     ]
     kept = [

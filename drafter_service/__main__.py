@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import gc
 import os
 import random
 import socket
@@ -27,6 +26,7 @@ from drafter_service.settings import DrafterSettings
 from drafter_service.verifier_link import LinkTimes, VerifierLink
 from sparkrelay.device.thread import DeviceThread
 from sparkrelay.frames import Hello
+from sparkrelay.interpreter import spare_rounds
 from sparkrelay.protocol import PROTOCOL_MAX, PROTOCOL_MIN
 from sparkrelay.server import Lifecycle, run_service
 from sparkrelay.settings import load
@@ -97,7 +97,7 @@ async def serve(settings: DrafterSettings, threads: int) -> int:
     links = Links(loop, thread.post)
     thread.start()
     made = await running
-    gc.freeze()  # what was loaded stays: the collector need not look at it again in the middle of a round
+    spare_rounds()
     log.info(
         "loaded", kind=settings.kind, model=settings.model, drafter_id=made.hello.drafter_id, threads=threads
     )

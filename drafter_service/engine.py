@@ -32,7 +32,7 @@ from drafter_service.link_sessions import LinkSessions, Member
 from drafter_service.models import DraftModel
 from drafter_service.session import DraftSession
 from sparkrelay.device.thread import StepResult
-from sparkrelay.frames import Block, Blocks, Context, DrafterFrame, Hello
+from sparkrelay.frames import Block, Blocks, Context, DrafterFrame, Hello, duration_us
 from sparkrelay.protocol import RemoteProtocolError
 
 
@@ -169,13 +169,13 @@ class DraftEngine:
         requests = [member.session.request() for member in members]
         started_us = self._clock_us()
         answers = self._model.draft(requests)
-        draft_us = self._clock_us() - started_us
+        draft_us = duration_us(self._clock_us() - started_us)
         blocks: dict[LinkSessions, list[Block]] = {}
         for member, request, drafted in zip(members, requests, answers, strict=True):
             if drafted is None:
                 self._wanting[member] = None
                 continue
-            queue_us = max(0, now_us - member.ready_us)
+            queue_us = duration_us(max(0, now_us - member.ready_us))
             block = member.session.block_ready(len(request.ids), request.turn, drafted, draft_us, queue_us)
             if block is not None:
                 blocks.setdefault(member.link, []).append(block)

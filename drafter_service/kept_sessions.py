@@ -13,7 +13,7 @@ class KeepLimits:
     """The most sessions, and the most ids of all of them together. 0 sessions keeps nothing."""
 
     session_count: int = 1024
-    token_count: int = 4 * 2**20
+    token_count: int = 256 * 2**10
 
 
 class KeptSessions:

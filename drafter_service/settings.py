@@ -73,7 +73,11 @@ class DrafterSettings(ServiceSettings):
     kept_sessions: int = Field(
         1024, ge=0, description="Sessions remembered after they were left; the oldest go first."
     )
-    kept_tokens: int = Field(4_194_304, ge=0, description="Tokens of all remembered sessions together.")
+    kept_tokens: int = Field(
+        262_144,
+        ge=0,
+        description="Tokens of all remembered sessions together; an ngram index of them takes 0.6 KiB a token.",
+    )
     backoff_min_ms: int = Field(
         100, ge=1, description="Pause before a lost verifier is dialled again the first time."
     )

@@ -7,6 +7,7 @@ pings, silence, credit, and how streams end. What the frames mean is decided in 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import time
 from collections import deque
 from collections.abc import Awaitable, Callable, Sequence
@@ -47,6 +48,9 @@ _FeedCall: TypeAlias = grpc.aio.StreamStreamCall[pb2.FeedContextRequest, pb2.Fee
 
 FEED_CREDIT_BYTES = 4 * 2**20
 """Context that may be under way to this drafter's engine, a link."""
+
+PARTING_S = 1.0
+"""What the end of a conversation may take before it is left to itself: a lost verifier must be known as lost."""
 
 # Refusals that stand until somebody changes a setting: no need to knock often.
 LASTING = frozenset(
@@ -210,7 +214,9 @@ class _Conversation:
             self._links.post(LinkLost(link_id))
             self._links.remove(link_id)
             self.lasted_s = time.monotonic() - started_s
-            await channel.close()
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(PARTING_S):
+                    await channel.close()
 
     async def _talk(self, link_id: int, stub: verifier_service_pb2_grpc.VerifierServiceAsyncStub) -> NoReturn:
         """Speculate, from hello to whatever ends it."""
@@ -288,26 +294,48 @@ class _Conversation:
 
     async def _beat(self, alive: Keepalive, outbox: asyncio.Queue[Any]) -> NoReturn:
         """Pings one stream, and calls it lost when nothing has been heard for too long."""
+        times = self._times
         while True:
-            outbox.put_nowait(alive.ping(time.monotonic()))
-            await asyncio.sleep(self._times.ping_every_s)
-            if alive.silent(time.monotonic()):
-                raise Refusal(Reason.SILENT, f"silent for {self._times.silence_limit_s:g} s")
+            pinged_s = time.monotonic()
+            outbox.put_nowait(alive.ping(pinged_s))
+            await asyncio.sleep(times.ping_every_s)
+            now_s = time.monotonic()
+            if now_s - pinged_s > 2 * times.ping_every_s:
+                alive.heard(now_s)  # we were stalled ourselves: what was said meanwhile is still to be read
+            if alive.silent(now_s):
+                raise Refusal(Reason.SILENT, f"silent for {times.silence_limit_s:g} s")
 
 
 async def _until_one_fails(*parts: Awaitable[object]) -> NoReturn:
     """Runs all parts until one raises, ends the others, and raises what it raised. A part that returns ends nothing.
 
-    Not a TaskGroup: this caller's own cancelling must never be taken for, or lost behind, a stream that breaks meanwhile.
+    A part that is cancelled (a read does that to itself when its call was cancelled) counts as failed. Not a TaskGroup: this
+    caller's own cancelling must never be taken for, or lost behind, a stream that breaks meanwhile.
     """
     tasks = [asyncio.ensure_future(part) for part in parts]
+    running = set(tasks)
     try:
-        done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_EXCEPTION)
+        while running:
+            _, running = await asyncio.wait(running, return_when=asyncio.FIRST_COMPLETED)
+            for task in tasks:
+                if task.done():
+                    _raise_failure(task)
     finally:
         for task in tasks:
             task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
-    for task in tasks:
-        if task in done and not task.cancelled() and (error := task.exception()) is not None:
-            raise error
+            task.add_done_callback(_look_at)
+        await asyncio.wait(tasks, timeout=PARTING_S)
     raise AssertionError("reading a stream ends only by raising")
+
+
+def _raise_failure(task: asyncio.Future[object]) -> None:
+    if task.cancelled():
+        raise Refusal(Reason.UNSPECIFIED, "the stream was cancelled")
+    if (error := task.exception()) is not None:
+        raise error
+
+
+def _look_at(task: asyncio.Future[object]) -> None:
+    """What a part raises after it was cancelled is of no interest; asyncio would log it as forgotten."""
+    if not task.cancelled():
+        task.exception()

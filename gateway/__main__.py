@@ -12,6 +12,7 @@ import grpc.aio
 
 from gateway.servicer import AdminServicer, FrontDesk, GatewayServicer, Outside
 from gateway.settings import GatewaySettings
+from sparkrelay.interpreter import spare_rounds
 from sparkrelay.server import Lifecycle, run_service
 from sparkrelay.settings import load
 from sparkrelay.telemetry import configure_logging
@@ -43,6 +44,7 @@ async def serve(settings: GatewaySettings) -> int:
         random_bytes=os.urandom,
     )
     desk = FrontDesk(settings, outside, on_ready=lifecycle.set_ready)
+    spare_rounds()
 
     def add_services(server: grpc.aio.Server) -> None:
         gateway_grpc.add_GatewayServiceServicer_to_server(GatewayServicer(desk), server)

@@ -9,13 +9,19 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from enum import IntEnum
-from typing import Any
+from typing import Any, NamedTuple
 
 from sparkrelay.outcomes import FinishReason, Reason
 from sparkrelay.sampling import Sampling
 
 PREFILL_ROUND = -1  # the round number of the verdict for the token that ends the reading of the prompt
 NO_TOKEN = -1  # next_token_id of a verdict whose accepted token ended the turn
+INT32_MAX = 2**31 - 1
+
+
+def duration_us(measured_us: int) -> int:
+    """A measured time as frames and reports carry it: an int32, so 35 minutes and more are 35 minutes."""
+    return measured_us if measured_us < INT32_MAX else INT32_MAX
 
 
 class ContextKind(IntEnum):
@@ -104,9 +110,8 @@ class Rewound:
     length: int
 
 
-@dataclass(frozen=True, slots=True)
-class Block:
-    """One entry of `Blocks`. confidences are 1/255 steps, one a token."""
+class Block(NamedTuple):
+    """One entry of `Blocks`; a tuple, because hundreds are made in a step. confidences are 1/255 steps, one a token."""
 
     handle: int
     round: int
@@ -124,9 +129,11 @@ class Blocks:
     entries: tuple[Block, ...]
 
 
-@dataclass(frozen=True, slots=True)
-class Verdict:
-    """One entry of `Verdicts`. rows: an array [accepted_count + 1, width] of context rows, or None."""
+class Verdict(NamedTuple):
+    """One entry of `Verdicts`; a tuple, because hundreds are made in a step.
+
+    rows: an array [accepted_count + 1, width] of context rows, or None.
+    """
 
     handle: int
     round: int
@@ -136,7 +143,7 @@ class Verdict:
     accepted_count: int
     next_token_id: int
     draft_budget: int
-    rows: Any = field(default=None, compare=False)
+    rows: Any = None
     traceparent: bytes = b""
 
 

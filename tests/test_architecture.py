@@ -144,6 +144,13 @@ def test_every_module_says_what_it_is() -> None:
     assert not [name for name in silent if not (name.endswith("__init__.py") and "/tests/" in name)]
 
 
+def test_nothing_waits_with_wait_for() -> None:
+    # Python 3.11's wait_for returns as if nothing had been if it is cancelled just as its awaitable ends: asyncio.timeout.
+    waiting = re.compile(r"\bwait_for\(")
+    served = (file for file in python_files() if ROOT / "tests" not in file.parents)
+    assert not [str(file) for file in served if waiting.search(file.read_text())]
+
+
 def test_no_file_names_a_path_of_somebodys_machine() -> None:
     texts = [file for file in project_files() if file.suffix in TEXT_SUFFIXES or file.name == "Makefile"]
     assert len(texts) > 20

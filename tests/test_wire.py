@@ -244,7 +244,8 @@ def test_context_rows_travel_with_the_verdicts_they_belong_to() -> None:
         (Verdict(1, 0, 5, 5, 1, 1, 7, 3, rows=rows[0]), Verdict(2, 0, 8, 0, 0, 0, 7, 3, rows=rows[1]))
     )
     back = wire.verifier_frame(wire.verifier_frame_pb(frame))
-    assert isinstance(back, Verdicts) and back == frame
+    assert isinstance(back, Verdicts)
+    assert [e._replace(rows=None) for e in back.entries] == [e._replace(rows=None) for e in frame.entries]
     assert all(np.array_equal(entry.rows, mine) for entry, mine in zip(back.entries, rows, strict=True))
     short = wire.verifier_frame_pb(frame)
     short.verdicts.accepted_counts[0] = 0

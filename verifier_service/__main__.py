@@ -9,6 +9,7 @@ import socket
 import sys
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import grpc.aio
@@ -16,6 +17,7 @@ import structlog
 
 from sparkrelay.device.kv_layout import UnsupportedModel
 from sparkrelay.device.thread import DeviceThread
+from sparkrelay.interpreter import spare_rounds
 from sparkrelay.server import Lifecycle, run_service
 from sparkrelay.settings import load
 from sparkrelay.store import StoreError, resolve
@@ -25,7 +27,7 @@ from verifier_service.depth_policies import parse_depth_policy
 from verifier_service.engine import Engine, EngineSettings
 from verifier_service.events import Command, Event
 from verifier_service.host_memory import block_count, free_bytes
-from verifier_service.models import TargetModel
+from verifier_service.models import ModelInfo, TargetModel
 from verifier_service.models.toy import toy_model
 from verifier_service.servicer import VerifierIdentity, VerifierServicer
 from verifier_service.settings import VerifierSettings
@@ -55,7 +57,7 @@ async def _serve(settings: VerifierSettings) -> int:
     except (StoreError, UnsupportedModel, ValueError, OSError) as error:
         log.error("cannot start", name="verifier", reason=str(error))
         return 1
-    info = model.info
+    info = served_info(model.info, settings.context_limit)
     identity = VerifierIdentity(
         settings.verifier_id or f"{socket.gethostname()}-{settings.listen.rpartition(':')[2]}",
         secrets.token_hex(8),
@@ -70,6 +72,7 @@ async def _serve(settings: VerifierSettings) -> int:
         now_s=time.monotonic,
     )
     device.servicer = servicer
+    spare_rounds()
     log.info(
         "target loaded",
         model=info.model_id,
@@ -156,6 +159,11 @@ class _Device:
     def _deliver(self, events: Sequence[Event]) -> None:
         assert self.servicer is not None, "no command was posted before there was a servicer"
         self.servicer.deliver(events)
+
+
+def served_info(info: ModelInfo, context_limit: int) -> ModelInfo:
+    """What callers are told of the model: a session's limit is the setting's where that is the smaller one."""
+    return replace(info, context_limit=min(context_limit or info.context_limit, info.context_limit))
 
 
 def load_model(settings: VerifierSettings) -> TargetModel:

@@ -60,6 +60,10 @@ class BatchScheduler:
     def unopened_count(self) -> int:
         return sum(1 for sequence in self.queue if sequence.requested is not None)
 
+    @property
+    def reads_prompts(self) -> bool:
+        return any(_turn(sequence).reading for sequence in self.running.values())
+
     # ---- admission ----------------------------------------------------------------------------------------------
 
     def admit_next(self, token_count: int) -> Sequence | None:
@@ -216,8 +220,11 @@ class BatchScheduler:
 
     def _preempt(self, sequence: Sequence) -> None:
         self.preempted_count += 1
-        _turn(sequence).reading = True
-        _turn(sequence).reading_begun = False
+        turn = _turn(sequence)
+        turn.reading = True
+        turn.reading_begun = False
+        # Its wait may be long past when it comes back: a new one begins then.
+        turn.wait.deadline_us = None
         self._memory.release(sequence)
         del self.running[sequence.sequence_id]
         self.queue.appendleft(sequence)

@@ -80,13 +80,14 @@ Effect = SendInvite | CloseLink | RemoveMember | DrafterUnavailable
 @dataclass(slots=True)
 class _Wish:
     """A running turn's wish for a drafter. asked: the one that was invited last and has not gone; declined: not to
-    be asked again."""
+    be asked again; reinvited: those whose join was refused once."""
 
     session_id: str
     turn_id: str
     drafter_ids: tuple[str, ...]
     asked: str = ""
     declined: set[str] = field(default_factory=set)
+    reinvited: set[str] = field(default_factory=set)
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,6 +141,7 @@ class Drafters:
             effects.append(CloseLink(old_link_id))
         drafter.state, drafter.reason, drafter.message = DrafterState.CONNECTED, Reason.UNSPECIFIED, ""
         drafter.link_id, drafter.block_size = link_id, block_size
+        drafter.incarnation, drafter.proposal_kind = hello.incarnation, hello.fingerprint.proposal_kind
         self._by_link[link_id] = drafter
         for wish in self._wishes.values():
             if (
@@ -196,9 +198,9 @@ class Drafters:
             del self._wishes[session_id]
 
     def session_over(self, session_id: str) -> None:
-        """Invitations to a session are void. Its membership is ended by the engine."""
-        for drafter in self._drafters.values():
-            drafter.invites.pop(session_id, None)
+        """Nobody is wanted any more, and invitations are void. The membership is ended by the engine."""
+        self._wishes.pop(session_id, None)
+        self._void_invites(session_id)
 
     # ---- memberships ----------------------------------------------------------------------------------------------------------
 
@@ -210,6 +212,20 @@ class Drafters:
         self._members[member.member_id] = member
         drafter.members.add(member.member_id)
         return member
+
+    def join_refused(self, link_id: int, session_id: str, reason: Reason) -> list[Effect]:
+        """A join was refused at the door. If it is the turn's drafter that asked: one that came with an invitation that
+        is void is invited once more, else the next one is."""
+        drafter, wish = self._by_link.get(link_id), self._wishes.get(session_id)
+        if drafter is None or wish is None or wish.asked != drafter.drafter_id:
+            return []
+        member = self.member_of(session_id)
+        if member is not None and member.drafter_id == drafter.drafter_id:
+            return []  # it drafts already
+        if reason is not Reason.JOIN_REFUSED or drafter.drafter_id in wish.reinvited:
+            wish.declined.add(drafter.drafter_id)
+        wish.reinvited.add(drafter.drafter_id)
+        return self._ask_next(wish)
 
     def joined(self, member_id: int) -> None:
         """The engine took it."""
@@ -257,12 +273,18 @@ class Drafters:
 
     def _invite(self, wish: _Wish, drafter: Drafter) -> SendInvite:
         wish.asked = drafter.drafter_id
+        # An earlier turn's invitation of the same drafter stays good: its join may be on the way.
+        token = drafter.invites.get(wish.session_id) or self._new_token()
         # One drafter at a time: an older invitation could push this one out.
-        self.session_over(wish.session_id)
-        token = drafter.invites[wish.session_id] = self._new_token()
+        self._void_invites(wish.session_id)
+        drafter.invites[wish.session_id] = token
         if len(drafter.invites) > INVITE_LIMIT:
             del drafter.invites[next(iter(drafter.invites))]
         return SendInvite(drafter.link_id, wish.session_id, wish.turn_id, token)
+
+    def _void_invites(self, session_id: str) -> None:
+        for drafter in self._drafters.values():
+            drafter.invites.pop(session_id, None)
 
     def _ask_next(self, wish: _Wish) -> list[Effect]:
         wish.asked = ""

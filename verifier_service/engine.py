@@ -28,8 +28,10 @@ from verifier_service.events import (
     Event,
     ForkSession,
     MemberRemoved,
+    MemberTurnStarted,
     RemoveMember,
     StartTurn,
+    TurnAccepted,
     TurnRefused,
 )
 from verifier_service.forks import fork_session
@@ -131,6 +133,7 @@ class Engine:
         self._sessions = Sessions(settings.max_sessions, self._memory, self._members)
         self._turns: dict[str, Sequence] = {}  # turn id |-> its session, queued turns too
         self._next_age = 0
+        self._told_first = False
         self._step_count = 0
         self._step_us = 0
         self._committed_token_count = 0
@@ -146,6 +149,8 @@ class Engine:
         for command in commands:
             self._obey(command, now_us, events)
         self._admit(now_us, events)
+        if self._tells_first(events):
+            return StepResult(events, now_us)
         plan = self._scheduler.plan(now_us)
         if not plan.entries:
             return StepResult(events, plan.due_us)
@@ -171,6 +176,15 @@ class Engine:
                 self._members.remove(command.member_id)
             case DrafterUnavailable():
                 self._drafter_unavailable(command)
+
+    def _tells_first(self, events: list[Event]) -> bool:
+        """Whether what has just begun is told before its prompt is read: then the drafter drafts meanwhile. Never twice in a
+        row, so that turns that keep coming hold up no forward."""
+        begun = not self._told_first and any(
+            isinstance(each, TurnAccepted | MemberTurnStarted) for each in events
+        )
+        self._told_first = begun and self._scheduler.reads_prompts
+        return self._told_first
 
     def _compute(self, entries: list[Entry], now_us: int, events: list[Event]) -> None:
         batch = RaggedBatch.of(entry.segment for entry in entries)

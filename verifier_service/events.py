@@ -1,7 +1,7 @@
 """What goes into the engine and what comes out: commands and events, plain values without gRPC.
 
-Values are never changed once made. The four that are made for every session in every step (`BlockArrived`, `Round`, `Committed`,
-`MemberVerdict`) are not frozen all the same: a frozen dataclass costs three to six times as much to make.
+Values are never changed once made. Those that are made for every session in every step (`BlockArrived`, `Round`, `Committed` and
+`MemberVerdict`) are named tuples: the cheapest to make, and many of them become columns with one `zip`.
 
 A member is a drafter's membership in a session; the engine knows it by a number that the servicer chose and never uses again.
 """
@@ -9,7 +9,9 @@ A member is a drafter's membership in a session; the engine knows it by a number
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
+from sparkrelay.frames import Verdict
 from sparkrelay.outcomes import BlockState, FinishReason, Reason
 from sparkrelay.sampling import Sampling
 
@@ -99,8 +101,7 @@ class DrafterUnavailable:
     turn_id: str
 
 
-@dataclass(slots=True)
-class BlockArrived:
+class BlockArrived(NamedTuple):
     """A drafted block; ids are already known to be in the vocabulary, confidences are in 0..1.
 
     turn_id  the turn that ran, for the servicer, when it came. A block that was on its way while its turn was cancelled and
@@ -160,11 +161,10 @@ class TokenLogprob:
     top: tuple[tuple[int, float], ...] = ()
 
 
-@dataclass(slots=True)
-class Round:
+class Round(NamedTuple):
     """One round as it was; see RoundReport. confidences in 0..1, one a draft token at hand."""
 
-    index: int
+    number: int
     base_len: int
     drafted_count: int
     depth: int
@@ -181,8 +181,7 @@ class Round:
     drafter_id: str
 
 
-@dataclass(slots=True)
-class Committed:
+class Committed(NamedTuple):
     """Tokens start .. start + len(token_ids) - 1 of the session are final.
 
     round is None for the token that ends the prompt's reading.
@@ -281,17 +280,8 @@ class MemberContext:
     rows: object = field(default=None, compare=False)
 
 
-@dataclass(slots=True)
-class MemberVerdict:
-    member_id: int
-    round: int
-    base_len: int
-    block_base_len: int
-    depth: int
-    accepted_count: int
-    next_token_id: int
-    draft_budget: int
-    rows: object = field(default=None, compare=False)
+MemberVerdict = Verdict
+"""What a member hears of a commit is what its drafter hears: the frame's own entry. `handle` is the member's number."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -44,8 +44,8 @@ def usable_part(sent: BlockArrived, stop_ids: frozenset[int], committed_ids: lis
 
     Cut after its first stop id: what would follow can never be committed.
     """
-    if sent.base_len < 0:
-        return None
+    if sent.base_len < 1:
+        return None  # a block follows an anchor; a verdict says 0 for no block
     offset = match_block(sent.base_len, sent.token_ids, committed_ids)
     if offset is None:
         return None

@@ -12,7 +12,6 @@ import math
 import random
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import replace
 
 from drafter_service.models import DraftedBlock, DraftRequest, LoadedModel, ModelOptions
 from drafter_service.models.ngram import NgramModel
@@ -78,13 +77,12 @@ class WireLies:
         elsewhere = (base_len + 1, base_len - 1, 1, 0, -1, _INT32_MAX)
         return dice.choice(
             (
-                [replace(block, base_len=dice.choice(elsewhere))],
-                [replace(block, handle=dice.choice((0, -1, handle + 1000, _INT32_MAX)))],
+                [block._replace(base_len=dice.choice(elsewhere))],
+                [block._replace(handle=dice.choice((0, -1, handle + 1000, _INT32_MAX)))],
                 [_with_ids(block, [dice.choice((_INT32_MAX, -1, -(2**31)))] * len(block.token_ids))],
                 [_with_ids(block, list(block.token_ids) * 100)],
                 [
-                    replace(
-                        block,
+                    block._replace(
                         assumed_count=dice.choice((1, -1, _INT32_MAX)),
                         round=-5,
                         draft_us=-1,
@@ -93,13 +91,13 @@ class WireLies:
                 ],
                 [block, block],
                 [block, dice.choice(self._earlier)],
-                [replace(dice.choice(self._earlier), base_len=base_len)],
+                [dice.choice(self._earlier)._replace(base_len=base_len)],
             )
         )
 
 
 def _with_ids(block: Block, token_ids: Sequence[int]) -> Block:
-    return replace(block, token_ids=tuple(token_ids), confidences=b"\xff" * len(token_ids))
+    return block._replace(token_ids=tuple(token_ids), confidences=b"\xff" * len(token_ids))
 
 
 def load(options: ModelOptions) -> LoadedModel:

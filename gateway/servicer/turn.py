@@ -26,6 +26,7 @@ from gateway.turn_output import Timing, TurnOutput, TurnSummary, Usage
 from gateway.turns import TurnRecord
 from gateway.validation import ValidTurn, check_id, invalid, parse_turn
 from gateway.worker_pool import Event, TurnCommand, VerifierCall
+from sparkrelay import wire
 from sparkrelay.outcomes import FinishReason, Reason, Refusal
 from sparkrelay.telemetry import TraceContext, to_metadata
 from sparkrelay.v1 import gateway_service_pb2 as gateway_pb
@@ -216,12 +217,12 @@ class TurnRun:
         desk, session, output = self._desk, job.session, job.output
         if not self._first_token_us:
             self._first_token_us = desk.outside.clock_us()
-        for commit in batch.commits:
+        for commit in _readable_commits(batch):
             expected = len(job.turn.prompt_ids) + output.committed_count
             if commit.start != expected:
                 message = f"The verifier committed at {commit.start} instead of {expected}, out of order: a bug of it."
                 raise Refusal(Reason.INTERNAL, message)
-            report = commit.round if commit.HasField("round") else None
+            report = commit.report
             session.committed(commit.token_ids)
             output.add(commit.token_ids, commit.logprobs, report)
             if report is not None:
@@ -280,6 +281,14 @@ def _finish_reason(job: Job, finished: verifier_pb.VerifierTurnFinished | None) 
     if reason is FinishReason.LENGTH and job.turn.ends_with_context:
         return FinishReason.CONTEXT
     return reason
+
+
+def _readable_commits(batch: verifier_pb.CommitBatch) -> list[wire.Commit]:
+    try:
+        return wire.commits(batch)
+    except Refusal as malformed:
+        message = f"The verifier sent commits that cannot be read, a bug of it: {malformed.message}"
+        raise Refusal(Reason.INTERNAL, message) from malformed
 
 
 async def _next_event(call: VerifierCall, address: str) -> Event:

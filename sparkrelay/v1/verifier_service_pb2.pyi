@@ -188,67 +188,156 @@ Global___VerifierTurnStarted: _TypeAlias = VerifierTurnStarted  # noqa: Y015
 
 @_typing.final
 class CommitBatch(_message.Message):
-    """Commits that travel together: with many turns under way the verifier sends each turn's commits less often, never out of order."""
-
-    DESCRIPTOR: _descriptor.Descriptor
-
-    COMMITS_FIELD_NUMBER: _builtins.int
-    @_builtins.property
-    def commits(self) -> _containers.RepeatedCompositeFieldContainer[Global___TokensCommitted]:
-        """Oldest first, without gaps."""
-
-    def __init__(
-        self,
-        *,
-        commits: _abc.Iterable[Global___TokensCommitted] | None = ...,
-    ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
-    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["commits", b"commits"]  # noqa: Y015
-    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
-
-Global___CommitBatch: _TypeAlias = CommitBatch  # noqa: Y015
-
-@_typing.final
-class TokensCommitted(_message.Message):
-    """Tokens that are now part of the session, for ever: by a round, or the one that ended the reading of the prompt."""
+    """Commits that travel together, oldest first, without gaps, in columns: with many turns under way the verifier sends each turn's
+    commits less often, never out of order. A commit makes tokens part of the session, for ever. Each is a round, except the
+    one that ended the reading of the prompt.
+    """
 
     DESCRIPTOR: _descriptor.Descriptor
 
     START_FIELD_NUMBER: _builtins.int
+    TOKEN_COUNTS_FIELD_NUMBER: _builtins.int
     TOKEN_IDS_FIELD_NUMBER: _builtins.int
     LOGPROBS_FIELD_NUMBER: _builtins.int
-    ROUND_FIELD_NUMBER: _builtins.int
+    OPENS_FIELD_NUMBER: _builtins.int
+    ROUNDS_FIELD_NUMBER: _builtins.int
     start: _builtins.int
-    """Index of the first of these tokens in the session."""
+    """Index of the first of these tokens in the session; the others follow it."""
+    opens: _builtins.bool
+    """True: the first commit is the token that ended the reading of the prompt, and no round."""
+    @_builtins.property
+    def token_counts(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """Tokens of each commit, at least 1."""
+
     @_builtins.property
     def token_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
-        """The ids, in order."""
+        """All ids, commit after commit."""
 
     @_builtins.property
     def logprobs(self) -> _containers.RepeatedCompositeFieldContainer[_generation_pb2.TokenLogprob]:
         """One a token, if asked for."""
 
     @_builtins.property
-    def round(self) -> _generation_pb2.RoundReport:
-        """The round; absent for the token that ended the reading of the prompt."""
+    def rounds(self) -> Global___RoundColumns:
+        """The rounds of the other commits; absent if there are none."""
 
     def __init__(
         self,
         *,
         start: _builtins.int = ...,
+        token_counts: _abc.Iterable[_builtins.int] | None = ...,
         token_ids: _abc.Iterable[_builtins.int] | None = ...,
         logprobs: _abc.Iterable[_generation_pb2.TokenLogprob] | None = ...,
-        round: _generation_pb2.RoundReport | None = ...,
+        opens: _builtins.bool = ...,
+        rounds: Global___RoundColumns | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["round", b"round"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["rounds", b"rounds"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["logprobs", b"logprobs", "round", b"round", "start", b"start", "token_ids", b"token_ids"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["logprobs", b"logprobs", "opens", b"opens", "rounds", b"rounds", "start", b"start", "token_counts", b"token_counts", "token_ids", b"token_ids"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
-Global___TokensCommitted: _TypeAlias = TokensCommitted  # noqa: Y015
+Global___CommitBatch: _TypeAlias = CommitBatch  # noqa: Y015
+
+@_typing.final
+class RoundColumns(_message.Message):
+    """Rounds that follow one another in a turn: entry i of every column belongs to round first_index + i. It is RoundReport (where every
+    field's meaning stands) without what the commits say already: the round's base_len is where its tokens start.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    FIRST_INDEX_FIELD_NUMBER: _builtins.int
+    DRAFTED_COUNTS_FIELD_NUMBER: _builtins.int
+    DEPTHS_FIELD_NUMBER: _builtins.int
+    ACCEPTED_COUNTS_FIELD_NUMBER: _builtins.int
+    BLOCK_STATES_FIELD_NUMBER: _builtins.int
+    CONFIDENCES_FIELD_NUMBER: _builtins.int
+    WAIT_US_FIELD_NUMBER: _builtins.int
+    VERIFY_US_FIELD_NUMBER: _builtins.int
+    DRAFT_US_FIELD_NUMBER: _builtins.int
+    QUEUE_US_FIELD_NUMBER: _builtins.int
+    BATCH_ROW_COUNTS_FIELD_NUMBER: _builtins.int
+    BATCH_SESSION_COUNTS_FIELD_NUMBER: _builtins.int
+    DROPPED_BLOCK_COUNTS_FIELD_NUMBER: _builtins.int
+    DRAFTER_IDS_FIELD_NUMBER: _builtins.int
+    first_index: _builtins.int
+    """Number of the first of these rounds in its turn."""
+    confidences: _builtins.bytes
+    """Confidences of all draft tokens at hand, round after round, in 1/255."""
+    @_builtins.property
+    def drafted_counts(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """Draft tokens at hand."""
+
+    @_builtins.property
+    def depths(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """Draft tokens checked."""
+
+    @_builtins.property
+    def accepted_counts(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """Draft tokens accepted."""
+
+    @_builtins.property
+    def block_states(self) -> _containers.RepeatedScalarFieldContainer[_generation_pb2.RoundReport.BlockState.ValueType]:
+        """What became of the drafter's part."""
+
+    @_builtins.property
+    def wait_us(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """Time from the end of the session's previous step to the start of this one."""
+
+    @_builtins.property
+    def verify_us(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """Duration of the target step."""
+
+    @_builtins.property
+    def draft_us(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """Time the drafter computed on the block."""
+
+    @_builtins.property
+    def queue_us(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """Time the block waited at the drafter before."""
+
+    @_builtins.property
+    def batch_row_counts(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """Rows of the whole step."""
+
+    @_builtins.property
+    def batch_session_counts(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """Sessions in the step."""
+
+    @_builtins.property
+    def dropped_block_counts(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """Stale blocks dropped since the round before."""
+
+    @_builtins.property
+    def drafter_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """The drafter that drafted, empty for none: one entry for all of these rounds if it is the same, else one a round."""
+
+    def __init__(
+        self,
+        *,
+        first_index: _builtins.int = ...,
+        drafted_counts: _abc.Iterable[_builtins.int] | None = ...,
+        depths: _abc.Iterable[_builtins.int] | None = ...,
+        accepted_counts: _abc.Iterable[_builtins.int] | None = ...,
+        block_states: _abc.Iterable[_generation_pb2.RoundReport.BlockState.ValueType] | None = ...,
+        confidences: _builtins.bytes = ...,
+        wait_us: _abc.Iterable[_builtins.int] | None = ...,
+        verify_us: _abc.Iterable[_builtins.int] | None = ...,
+        draft_us: _abc.Iterable[_builtins.int] | None = ...,
+        queue_us: _abc.Iterable[_builtins.int] | None = ...,
+        batch_row_counts: _abc.Iterable[_builtins.int] | None = ...,
+        batch_session_counts: _abc.Iterable[_builtins.int] | None = ...,
+        dropped_block_counts: _abc.Iterable[_builtins.int] | None = ...,
+        drafter_ids: _abc.Iterable[_builtins.str] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["accepted_counts", b"accepted_counts", "batch_row_counts", b"batch_row_counts", "batch_session_counts", b"batch_session_counts", "block_states", b"block_states", "confidences", b"confidences", "depths", b"depths", "draft_us", b"draft_us", "drafted_counts", b"drafted_counts", "drafter_ids", b"drafter_ids", "dropped_block_counts", b"dropped_block_counts", "first_index", b"first_index", "queue_us", b"queue_us", "verify_us", b"verify_us", "wait_us", b"wait_us"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___RoundColumns: _TypeAlias = RoundColumns  # noqa: Y015
 
 @_typing.final
 class VerifierTurnFinished(_message.Message):

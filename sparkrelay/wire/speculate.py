@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
-from itertools import repeat
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import accumulate, chain, pairwise, repeat
 from typing import Any
 
 from sparkrelay.frames import (
@@ -120,46 +120,37 @@ def _blocks(pb: pb2.Blocks) -> Blocks:
     assumed: Iterable[int] = pb.assumed_counts or repeat(0, count)
     if len(pb.assumed_counts) not in (0, count):
         raise _unequal("blocks", "assumed_counts", len(pb.assumed_counts), count)
-    entries: list[Block] = []
-    end = 0
-    columns = zip(
-        pb.handles, pb.rounds, pb.base_lens, token_counts, pb.draft_us, pb.queue_us, assumed,
-        _traceparents("blocks", pb.traceparents, count), strict=True,
-    )  # fmt: skip
-    for handle, round_index, base_len, size, draft_us, queue_us, assumed_count, trace in columns:
-        start, end = end, end + size
-        entries.append(
-            Block(
-                handle,
-                round_index,
-                base_len,
-                token_ids[start:end],
-                confidences[start:end],
-                draft_us,
-                queue_us,
-                assumed_count,
-                trace,
-            )
-        )
+    ends = list(accumulate(token_counts, initial=0))
+    entries = map(
+        Block,
+        pb.handles,
+        pb.rounds,
+        pb.base_lens,
+        [token_ids[start:end] for start, end in pairwise(ends)],
+        [confidences[start:end] for start, end in pairwise(ends)],
+        pb.draft_us,
+        pb.queue_us,
+        assumed,
+        _traceparents("blocks", pb.traceparents, count),
+    )
     return Blocks(tuple(entries))
 
 
 def _blocks_pb(frame: Blocks) -> pb2.Blocks:
-    entries = frame.entries
-    token_ids: list[int] = []
-    for entry in entries:
-        token_ids += entry.token_ids
+    handles, rounds, base_lens, token_ids, confidences, draft_us, queue_us, assumed_counts, traces = _columns(
+        frame.entries, 9
+    )
     return pb2.Blocks(
-        handles=[entry.handle for entry in entries],
-        rounds=[entry.round for entry in entries],
-        base_lens=[entry.base_len for entry in entries],
-        token_counts=[len(entry.token_ids) for entry in entries],
-        token_ids=token_ids,
-        confidences=b"".join([entry.confidences for entry in entries]),
-        draft_us=[entry.draft_us for entry in entries],
-        queue_us=[entry.queue_us for entry in entries],
-        assumed_counts=_unless_all_empty([entry.assumed_count for entry in entries]),
-        traceparents=_unless_all_empty([entry.traceparent for entry in entries]),
+        handles=handles,
+        rounds=rounds,
+        base_lens=base_lens,
+        token_counts=list(map(len, token_ids)),
+        token_ids=list(chain.from_iterable(token_ids)),
+        confidences=b"".join(confidences),
+        draft_us=draft_us,
+        queue_us=queue_us,
+        assumed_counts=_unless_all_empty(assumed_counts),
+        traceparents=_unless_all_empty(traces),
     )
 
 
@@ -270,25 +261,27 @@ def _split_rows(pb: pb2.Verdicts) -> Iterator[Any]:
 
 
 def _verdicts_pb(frame: Verdicts) -> pb2.Verdicts:
-    entries = frame.entries
+    handles, rounds, base_lens, block_base_lens, depths, accepted, next_ids, budgets, rows, traces = _columns(
+        frame.entries, 10
+    )
     return pb2.Verdicts(
-        handles=[entry.handle for entry in entries],
-        rounds=[entry.round for entry in entries],
-        base_lens=[entry.base_len for entry in entries],
-        block_base_lens=[entry.block_base_len for entry in entries],
-        depths=[entry.depth for entry in entries],
-        accepted_counts=[entry.accepted_count for entry in entries],
-        next_token_ids=[entry.next_token_id for entry in entries],
-        draft_budgets=[entry.draft_budget for entry in entries],
-        rows=_joined_rows(entries) if entries and entries[0].rows is not None else None,
-        traceparents=_unless_all_empty([entry.traceparent for entry in entries]),
+        handles=handles,
+        rounds=rounds,
+        base_lens=base_lens,
+        block_base_lens=block_base_lens,
+        depths=depths,
+        accepted_counts=accepted,
+        next_token_ids=next_ids,
+        draft_budgets=budgets,
+        rows=_joined_rows(rows) if rows and rows[0] is not None else None,
+        traceparents=_unless_all_empty(traces),
     )
 
 
-def _joined_rows(entries: tuple[Verdict, ...]) -> Any:
+def _joined_rows(rows: Sequence[Any]) -> Any:
     import numpy as np
 
-    return tensor_pb(np.concatenate([entry.rows for entry in entries]))
+    return tensor_pb(np.concatenate(rows))
 
 
 _VERIFIER_READERS: dict[str, Callable[[Any], VerifierFrame]] = {
@@ -387,5 +380,10 @@ def _traceparents(frame: str, column: Any, count: int) -> Iterable[bytes]:
     return [_traceparent(f"{frame}.traceparents", value) for value in column]
 
 
-def _unless_all_empty(column: list[Any]) -> list[Any]:
-    return column if any(column) else []
+def _columns(entries: Sequence[tuple[Any, ...]], width: int) -> Iterable[tuple[Any, ...]]:
+    """The fields of all entries, a column each."""
+    return zip(*entries, strict=True) if entries else repeat((), width)
+
+
+def _unless_all_empty(column: Sequence[Any]) -> Sequence[Any]:
+    return column if any(column) else ()

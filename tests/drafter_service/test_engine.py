@@ -108,6 +108,16 @@ def given_up(events: Sequence[Event]) -> list[str]:
     return [event.message for event in events if isinstance(event, SessionGivenUp)]
 
 
+def test_a_time_of_hours_is_told_as_the_longest_that_a_frame_carries() -> None:
+    world = Harness(FormulaModel())
+    world.member("a")
+    world.verifier.start("a", 0, [1, 2], 20)
+    frames = [*world.verifier.feed, *world.verifier.speculate]
+    told = world.engine.step([FrameArrived(world.link_id, frame, 0) for frame in frames], 2**40).events
+    blocks = [f for e in told if isinstance(e, FramesToSend) for f in e.frames if isinstance(f, Blocks)]
+    assert [block.queue_us for frame in blocks for block in frame.entries] == [2**31 - 1]
+
+
 # ---- random histories ------------------------------------------------------------------------------
 
 

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import tracemalloc
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from drafter_service.kept_sessions import KeepLimits
 from drafter_service.models import DraftRequest, TurnRules
 from drafter_service.models.hit_rates import FADE_AT, HitRates, Label
 from drafter_service.models.ngram import NgramIndex, NgramModel, common_prefix
+from drafter_service.settings import DrafterSettings
 from sparkrelay.sampling import Sampling
+from sparkrelay.settings import read
 
 RULES = TurnRules("t", Sampling(), 0, frozenset(), 1)
 ids_lists = st.lists(st.integers(0, 3), min_size=1, max_size=40)
@@ -52,6 +57,16 @@ def test_growing_again_after_a_cut_is_as_growing_at_once(ids: list[int], cut: in
     again.truncate(min(cut, len(ids)))
     again.catch_up(ids)
     assert (again.ids, again._latest, again._before) == (once.ids, once._latest, once._before)
+
+
+def test_the_indexes_of_all_sessions_that_are_kept_by_default_stay_below_256_mib() -> None:
+    ids, index = list(range(10_000)), NgramIndex(1, 4)  # no n-gram occurs twice: the largest index there is
+    tracemalloc.start()
+    index.extend(ids)
+    bytes_per_token = tracemalloc.get_traced_memory()[0] / len(ids)
+    tracemalloc.stop()
+    kept = read(DrafterSettings, [], {}).kept_tokens
+    assert kept == KeepLimits().token_count and kept * bytes_per_token < 256 * 2**20
 
 
 def test_the_copy_goes_on_with_itself_where_the_text_ends_in_a_loop() -> None:

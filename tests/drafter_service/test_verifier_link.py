@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import random
 import time
 from collections.abc import AsyncIterator, Sequence
@@ -12,12 +13,13 @@ import grpc.aio
 import pytest
 import structlog
 
+from drafter_service import verifier_link
 from drafter_service.backoff import Backoff
 from drafter_service.engine import DraftEngine
 from drafter_service.events import Command, Event
 from drafter_service.links import Links, LinkState
 from drafter_service.models import Tamper
-from drafter_service.verifier_link import FEED_CREDIT_BYTES, LinkTimes, VerifierLink
+from drafter_service.verifier_link import FEED_CREDIT_BYTES, LinkTimes, VerifierLink, _until_one_fails
 from sparkrelay.device.thread import DeviceThread
 from sparkrelay.errors import abort
 from sparkrelay.frames import (
@@ -318,6 +320,66 @@ async def test_a_silent_stream_is_a_lost_verifier(drafter: Drafter, verifier: Ve
     (speculate if silent == "speculate" else feed).mute = True
     await verifier.met()
     assert (link.status.state, link.status.message) == (LinkState.CONNECTING, "silent for 0.2 s")
+
+
+async def test_a_stall_of_this_process_is_no_silence_of_the_verifier(
+    drafter: Drafter, verifier: Verifier
+) -> None:
+    drafter.dial(verifier, times=QUICK)
+    speculate, _ = await verifier.welcomed()
+    time.sleep(2 * QUICK.silence_limit_s)  # noqa: ASYNC251  the stall
+    for sequence in range(3):
+        await speculate.say(Ping(sequence))
+        assert await speculate.hear() == Pong(sequence)
+        await asyncio.sleep(QUICK.ping_every_s)  # for the next look at what was heard
+    assert verifier.servicer.speculates.empty()
+
+
+async def test_a_channel_that_does_not_close_holds_up_no_new_attempt(
+    drafter: Drafter, verifier: Verifier, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(verifier_link, "PARTING_S", 0.05)
+    with monkeypatch.context() as patch:
+        patch.setattr(type(grpc.aio.insecure_channel("")), "close", lambda channel: asyncio.Event().wait())
+        (link,) = drafter.dial(verifier)
+        speculate, _ = await verifier.welcomed()
+        speculate.end()
+        await verifier.met()
+    assert (link.status.state, link.status.message) == (
+        LinkState.CONNECTING,
+        "the verifier closed the stream",
+    )
+
+
+async def broken() -> None:
+    raise Refusal(Reason.SILENT, "silent")
+
+
+async def test_a_part_that_does_not_end_does_not_hide_that_another_has_failed(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    async def stubborn() -> None:
+        with contextlib.suppress(asyncio.CancelledError):
+            await released.wait()
+        await released.wait()
+
+    released = asyncio.Event()
+    monkeypatch.setattr(verifier_link, "PARTING_S", 0.01)
+    async with asyncio.timeout(PATIENCE_S):
+        with pytest.raises(Refusal, match="silent"):
+            await _until_one_fails(stubborn(), broken())
+    released.set()
+
+
+async def test_a_part_that_was_cancelled_has_failed_and_one_that_returned_has_not() -> None:
+    async def cancelled() -> None:
+        raise asyncio.CancelledError
+
+    async with asyncio.timeout(PATIENCE_S):
+        with pytest.raises(Refusal, match="cancelled"):
+            await _until_one_fails(asyncio.sleep(0), asyncio.Event().wait(), cancelled())
+        with pytest.raises(Refusal, match="silent"):
+            await _until_one_fails(asyncio.sleep(0), asyncio.Event().wait(), broken())
 
 
 async def test_a_verifier_that_never_welcomes_is_given_up(drafter: Drafter, verifier: Verifier) -> None:

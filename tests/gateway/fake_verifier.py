@@ -167,24 +167,33 @@ class FakeVerifier(verifier_grpc.VerifierServiceServicer):
 
     def _committed(self, request: Any, start: int, ids: list[int]) -> Event:
         first = start == request.output_start
-        report = generation_pb.RoundReport(
-            index=(start - request.output_start - 1) // self.round_size,
-            base_len=start,
-            drafted_count=4,
-            depth=3,
-            accepted_count=len(ids) - 1,
-            block_state=generation_pb.RoundReport.BLOCK_STATE_FRESH,
-            confidences=bytes([255, 51]),
-            drafter_id=request.drafter_ids[0] if request.drafter_ids else "",
+        zero = [0]
+        rounds = verifier_pb.RoundColumns(
+            first_index=(start - request.output_start - 1) // self.round_size,
+            drafted_counts=[4],
+            depths=[3],
+            accepted_counts=[len(ids) - 1],
+            block_states=[generation_pb.RoundReport.BLOCK_STATE_FRESH],
+            confidences=bytes([255, 51, 51, 51]),
+            wait_us=zero,
+            verify_us=zero,
+            draft_us=zero,
+            queue_us=zero,
+            batch_row_counts=zero,
+            batch_session_counts=zero,
+            dropped_block_counts=zero,
+            drafter_ids=[request.drafter_ids[0] if request.drafter_ids else ""],
         )
         logprobs = [generation_pb.TokenLogprob(token_id=each, logprob=-0.5) for each in ids]
-        commit = verifier_pb.TokensCommitted(
+        batch = verifier_pb.CommitBatch(
             start=start,
+            token_counts=[len(ids)],
             token_ids=ids,
             logprobs=logprobs if request.HasField("logprob_count") else (),
-            round=None if first else report,
+            opens=first,
+            rounds=None if first else rounds,
         )
-        return Event(committed=verifier_pb.CommitBatch(commits=[commit]))
+        return Event(committed=batch)
 
     async def Describe(self, request: Any, context: Any) -> verifier_pb.VerifierServiceDescribeResponse:
         return verifier_pb.VerifierServiceDescribeResponse(

@@ -290,7 +290,7 @@ async def test_turns_are_remembered_with_their_rounds() -> None:
         turn = await client.get_turn(whole.turn_id)
         assert (turn.finish_reason, turn.usage, turn.totals) == ("length", whole.usage, whole.totals)
         assert len(turn.rounds) == whole.totals.rounds == 3
-        assert turn.rounds[0].confidences == (1.0, 0.2)
+        assert turn.rounds[0].confidences == (1.0, 0.2, 0.2, 0.2)
         (listed,) = await client.list_turns()
         assert (listed.turn_id, listed.rounds) == (whole.turn_id, ())
         with pytest.raises(NotFound):

@@ -78,6 +78,11 @@ class Driver:
         self.events: list[Event] = []  # of all steps
 
     def step(self, *commands: Command) -> list[Event]:
+        """A step, and the one behind it if it only told what has begun."""
+        events = self.step_once(*commands)
+        return events + self.step_once() if self.engine._told_first else events
+
+    def step_once(self, *commands: Command) -> list[Event]:
         result = self.engine.step(commands, self.now_us)
         self.engine.check_integrity()
         self.due_us = result.next_due_us

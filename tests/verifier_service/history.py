@@ -286,7 +286,7 @@ class History:
         )
         if done is None:
             return
-        assert done.index == turn.next_round and done.base_len == event.start
+        assert done.number == turn.next_round and done.base_len == event.start
         turn.next_round += 1
         assert 0 <= done.accepted_count <= done.depth <= done.drafted_count
         assert done.depth == 0 or done.block_state in (BlockState.FRESH, BlockState.REBASED)
@@ -352,7 +352,7 @@ class History:
 
     def _verdict(self, event: MemberVerdict) -> None:
         """The drafter knows the accepted tokens from the block that the verdict names."""
-        member = self._member(event.member_id)
+        member = self._member(event.handle)
         if member is None:
             return
         assert event.base_len == len(member.ids) and 0 <= event.accepted_count <= event.depth

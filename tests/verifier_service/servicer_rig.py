@@ -11,6 +11,7 @@ from typing import Any
 
 import grpc.aio
 
+from sparkrelay import wire
 from sparkrelay.device.thread import DeviceThread
 from sparkrelay.frames import (
     Block,
@@ -166,13 +167,12 @@ def request(
 
 
 def token_ids(responses: Iterable[pb2.VerifierServiceGenerateResponse]) -> list[int]:
-    return [token for each in responses for commit in each.committed.commits for token in commit.token_ids]
+    return [token for each in responses for token in each.committed.token_ids]
 
 
 def rounds(responses: Iterable[pb2.VerifierServiceGenerateResponse]) -> list[Any]:
-    return [
-        commit.round for each in responses for commit in each.committed.commits if commit.HasField("round")
-    ]
+    every = [commit for each in responses for commit in wire.commits(each.committed)]
+    return [commit.report for commit in every if commit.report is not None]
 
 
 class RawDrafter:

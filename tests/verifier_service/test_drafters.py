@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from itertools import count
 
 from sparkrelay.frames import Fingerprint, Hello
@@ -30,7 +31,7 @@ def member(made: Drafters, link_id: int, session_id: str = "s") -> int:
     return joined.member_id
 
 
-def invited(effects: list[object]) -> list[int]:
+def invited(effects: Iterable[object]) -> list[int]:
     return [effect.link_id for effect in effects if isinstance(effect, SendInvite)]
 
 
@@ -77,6 +78,57 @@ def test_a_refused_join_asks_the_next() -> None:
     made.want("s", "t", ["a", "b"])
     joining = made.join(1, "s")
     assert invited(list(made.end(joining.member_id, Reason.SESSION_NOT_FOUND))) == [2]
+
+
+def test_the_same_drafter_asked_again_keeps_its_invitation() -> None:
+    made = drafters("a")
+    _, first = made.want("s", "t1", ["a"])
+    made.turn_over("s", "t1")  # while its join is on the way
+    expected, second = made.want("s", "t2", ["a"])
+    assert expected and first == [SendInvite(1, "s", "t1", b"token 0")]
+    assert second == [SendInvite(1, "s", "t2", b"token 0")]
+
+
+def test_a_join_with_a_void_invitation_is_invited_once_more_and_then_the_next_is() -> None:
+    made = drafters("a", "b")
+    made.want("s", "t", ["a", "b"])
+    assert invited(made.join_refused(1, "s", Reason.JOIN_REFUSED)) == [1]
+    assert invited(made.join_refused(1, "s", Reason.JOIN_REFUSED)) == [2]
+    assert made.join_refused(1, "s", Reason.JOIN_REFUSED) == [], "it is not the one that was asked"
+
+
+def test_a_join_of_a_full_drafter_asks_the_next_or_tells_the_engine() -> None:
+    made = drafters("a", "b")
+    made.want("s", "t", ["a", "b"])
+    assert invited(made.join_refused(1, "s", Reason.OVERLOADED)) == [2]
+    assert made.join_refused(2, "s", Reason.OVERLOADED) == [DrafterUnavailable("s", "t")]
+
+
+def test_a_join_that_is_refused_disturbs_no_member_and_no_other_session() -> None:
+    made = drafters("a", "b")
+    made.want("s", "t", ["a", "b"])
+    member(made, 1)
+    assert made.join_refused(1, "s", Reason.JOIN_REFUSED) == []
+    assert made.join_refused(2, "s", Reason.JOIN_REFUSED) == []
+    assert (
+        made.join_refused(1, "unknown", Reason.JOIN_REFUSED) == made.join_refused(9, "s", Reason.SLOW) == []
+    )
+
+
+def test_a_session_that_was_ended_wants_nobody() -> None:
+    made = drafters("a", "b")
+    made.want("s", "t", ["a", "b"])
+    joined = member(made, 1)
+    made.session_over("s")
+    assert made.end(joined, Reason.SESSION_ENDED) == []
+    assert made.connect(3, hello("a"), 7) == [CloseLink(1)]
+
+
+def test_a_drafter_that_restarted_is_known_by_what_its_new_stream_says() -> None:
+    made = drafters("a")
+    made.connect(2, Hello(1, 1, "a", "run 2", Fingerprint(proposal_kind="other")), 3)
+    (known,) = made.all()
+    assert (known.incarnation, known.proposal_kind, known.block_size) == ("run 2", "other", 3)
 
 
 def test_a_lost_stream_ends_its_members_and_asks_the_next_for_each() -> None:

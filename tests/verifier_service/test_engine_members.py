@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
-
 import pytest
 
 from sparkrelay.frames import NO_TOKEN, PREFILL_ROUND
@@ -45,7 +43,7 @@ def drafted_by(driver: Driver, member_id: int = 1, session_id: str = "s", **kwar
 def test_a_member_is_told_of_the_turn_then_what_it_lacks_then_every_commit_then_the_end() -> None:
     driver = counting("off")
     events = driver.run(turn("s", "t", max_tokens=2), member("s", 1))
-    told = [event for event in events if getattr(event, "member_id", None) == 1]
+    told = [event for event in events if isinstance(event, MemberVerdict) or hasattr(event, "member_id")]
     assert [type(event) for event in told] == [
         MemberAdded,
         MemberTurnStarted,
@@ -194,6 +192,15 @@ def test_the_requests_depth_overrides_the_policys() -> None:
         assert verdicts(driver.step(block(1, 4, (5, 6, 7, 8, 9, 10))))[0].depth == depth
 
 
+def test_what_has_begun_is_told_before_its_prompt_is_read_and_never_twice_in_a_row() -> None:
+    driver = counting()
+    begun = driver.step_once(turn("s", "t"), member("s", 1))
+    assert of(begun, TurnAccepted) and of(begun, MemberTurnStarted) and of(begun, MemberContext)
+    assert of(begun, Committed) == [] and driver.due_us == driver.now_us
+    read = driver.step_once(turn("r", "u"), block(1, 3, (4, 5)))
+    assert of(read, TurnAccepted) and driver.output("t"), "turns that keep coming hold up nobody"
+
+
 def test_a_block_from_before_the_prompt_was_read_is_rebased() -> None:
     driver = counting("fixed:7")
     driver.step(turn("s", "t", max_tokens=50), member("s", 1), block(1, 3, (4, 5, 6)))
@@ -203,7 +210,8 @@ def test_a_block_from_before_the_prompt_was_read_is_rebased() -> None:
 
 
 @pytest.mark.parametrize(
-    "late", [(3, (9, 5, 6)), (3, (4,)), (99, (1,)), (-3, (1, 2, 3, 4, 5, 6, 7, 8)), (0, (1,))]
+    "late",
+    [(3, (9, 5, 6)), (3, (4,)), (99, (1,)), (-3, (1, 2, 3, 4, 5, 6, 7, 8)), (0, (1,)), (0, (1, 2, 3, 4, 5))],
 )
 def test_a_block_that_does_not_fit_is_dropped_and_counted(late: tuple[int, tuple[int, ...]]) -> None:
     driver = counting("fixed:7", block_wait_us=0)
@@ -224,7 +232,7 @@ def test_a_block_that_overlapped_a_cancel_does_not_reach_the_next_turn() -> None
     """Its base_len fits the new turn by chance; it says which turn it was drafted for."""
     driver = counting()
     drafted_by(driver)
-    old = dataclasses.replace(block(1, 4, (5, 6)), turn_id="turn-s")
+    old = block(1, 4, (5, 6))._replace(turn_id="turn-s")
     events = driver.step(CancelTurn("turn-s"), turn("s", "new", (1, 2, 3, 4), max_tokens=20), old)
     assert BlockDropped(1, stale=False) in events
     assert all(verdict.block_base_len == 0 for verdict in verdicts(events))

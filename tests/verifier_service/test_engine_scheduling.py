@@ -131,9 +131,23 @@ def test_the_youngest_turn_is_preempted_and_says_the_same_as_if_it_had_not_been(
     for command in commands:
         assert driver.output(command.turn_id) == decode(ToyModel(), command.append_ids, command, 64)
     rounds = [commit.round for commit in driver.rounds("c")]
-    assert [done.index for done in rounds if done is not None] == list(range(29)), (
+    assert [done.number for done in rounds if done is not None] == list(range(29)), (
         "reading again is no second beginning"
     )
+
+
+def test_a_wait_that_a_preemption_broke_off_begins_anew_when_the_session_is_back() -> None:
+    driver = Driver(CountedModel(), "fixed:4", block_count=2)
+    driver.step(
+        turn("a", "a", (1,) * 14, max_tokens=10), turn("b", "b", (1,) * 10, max_tokens=90), member("b", 1)
+    )
+    while not driver.engine.load().preempted_count:
+        driver.step()
+    before = len(driver.output("b"))
+    driver.now_us = 60_000  # beyond the wait for the block that was on its way
+    while len(driver.output("b")) == before:
+        driver.step()
+    assert of(driver.step(), Committed) == [] and driver.due_us == 60_000 + 50_000
 
 
 def test_an_idle_session_gives_its_room_and_reads_again_when_it_returns() -> None:

@@ -47,7 +47,7 @@ def test_the_token_that_ends_the_reading_is_no_round_and_rounds_count_from_0() -
     driver = Driver()
     driver.run(turn("s", "t", max_tokens=4))
     commits = of(driver.events, Committed)
-    assert [commit.round and commit.round.index for commit in commits] == [None, 0, 1, 2]
+    assert [commit.round and commit.round.number for commit in commits] == [None, 0, 1, 2]
     assert [commit.start for commit in commits] == [3, 4, 5, 6]
 
 

@@ -220,6 +220,34 @@ async def test_a_join_without_an_invite_is_refused() -> None:
     assert (left.handle, left.session_id, left.reason) == (0, "s1", Reason.JOIN_REFUSED)
 
 
+async def test_a_join_that_comes_in_the_next_turn_is_good_for_it() -> None:
+    async with rig(policy="fixed:3", model=SlowToyModel(), block_wait_ms=0) as verifier:
+        drafter = await RawDrafter(verifier).connect()
+        await start(verifier, "d1", max_tokens=2)
+        await drafter.frame("Invite")  # the drafter is busy, and does not get to it before the turn is over
+        turn = start(verifier, "d1", turn="t2", ids=[5], max_tokens=4000)
+        await drafter.frame("Invite", index=1)
+        await drafter.may_draft(await drafter.join(index=0))
+        turn.cancel()
+        await drafter.close()
+    assert drafter.of("Left") == []
+
+
+async def test_a_drafter_whose_join_is_refused_is_invited_again_and_then_replaced() -> None:
+    async with rig(policy="fixed:3", model=SlowToyModel()) as verifier:
+        first, second = [await RawDrafter(verifier, name).connect() for name in ("d1", "d2")]
+        turn = start(verifier, "d1", "d2", max_tokens=4000)
+        for index in range(2):
+            await first.frame("Invite", index=index)
+            await first.say(Join("s1", b"of long ago"))
+            await first.frame("Left", index=index)
+        await second.may_draft(await second.join())
+        turn.cancel()
+        for drafter in (first, second):
+            await drafter.close()
+    assert len(first.of("Invite")) == 2
+
+
 async def test_a_drafter_that_leaves_is_replaced_by_the_next_one() -> None:
     async with rig(policy="fixed:3", model=SlowToyModel()) as verifier:
         first, second = [await RawDrafter(verifier, name).connect() for name in ("d1", "d2")]

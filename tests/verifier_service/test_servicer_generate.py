@@ -8,13 +8,27 @@ from typing import Any
 import grpc
 import pytest
 
+from sparkrelay import wire
 from sparkrelay.errors import refusal_of
-from sparkrelay.outcomes import Reason
+from sparkrelay.outcomes import BlockState, Reason
 from sparkrelay.sampling import Sampling
 from sparkrelay.telemetry import new_trace_context, to_metadata
 from sparkrelay.v1 import generation_pb2
 from sparkrelay.v1 import verifier_service_pb2 as pb2
-from tests.verifier_service.servicer_rig import Rig, SlowToyModel, request, rig, rounds, token_ids
+from tests.verifier_service.servicer_rig import (
+    RawDrafter,
+    Rig,
+    SlowToyModel,
+    request,
+    rig,
+    rounds,
+    token_ids,
+)
+from verifier_service.events import Committed, Round, TokenLogprob
+from verifier_service.models.toy import ToyModel
+from verifier_service.servicer import FRAME_LIMIT_BYTES, VerifierIdentity
+from verifier_service.servicer.generate import COMMIT_LIMIT, _responses
+from verifier_service.servicer.validation import LOGPROB_LIMIT
 
 
 async def refused(rig: Rig, message: Any, **call: Any) -> Any:
@@ -36,7 +50,7 @@ async def test_a_turn_starts_commits_without_gaps_and_finishes() -> None:
         responses = await verifier.generate(request(max_tokens=9), metadata=to_metadata(trace))
     assert responses[0].started.turn_id == "t1" and responses[0].started.epoch == "epoch"
     assert responses[0].started.trace_id == trace.trace_id and responses[0].started.prompt_token_count == 3
-    starts = [(c.start, len(c.token_ids)) for each in responses for c in each.committed.commits]
+    starts = [(c.start, len(c.token_ids)) for each in responses for c in wire.commits(each.committed)]
     assert [start for start, _ in starts] == [3 + sum(n for _, n in starts[:i]) for i in range(len(starts))]
     assert len(token_ids(responses)) == 9
     assert [each.index for each in rounds(responses)] == list(range(8))
@@ -59,7 +73,7 @@ async def test_the_next_turn_goes_on_from_the_kept_tokens() -> None:
 async def test_log_probabilities_come_with_their_tokens() -> None:
     async with rig() as verifier:
         responses = await verifier.generate(request(max_tokens=3, logprob_count=2))
-    logprobs = [each for r in responses for c in r.committed.commits for each in c.logprobs]
+    logprobs = [each for r in responses for c in wire.commits(r.committed) for each in c.logprobs]
     assert [each.token_id for each in logprobs] == token_ids(responses)
     assert all(len(each.top) == 2 and each.top[0].logprob >= each.top[1].logprob for each in logprobs)
 
@@ -145,6 +159,29 @@ async def test_describe_says_what_drafters_must_fit() -> None:
     assert described.model_id == described.fingerprint.target_id == "toy"
     assert described.vocab_size == described.fingerprint.vocab_size == 64
     assert described.exact and described.depth_policy == "fixed:3" and described.block_count == 4096
+
+
+async def test_a_time_of_hours_fits_into_a_load_report() -> None:
+    async with rig() as verifier:
+        drafter = await RawDrafter(verifier).connect()
+        (known,) = verifier.servicer._hub.drafters.all()
+        known.turnaround_us = known.round_trip_us = 2**40
+        report = await verifier.load_where(lambda load: len(load.drafters) == 1)
+        await drafter.close()
+    assert report.drafters[0].turnaround_us == report.drafters[0].round_trip_us == 2**31 - 1
+
+
+def test_commits_that_waited_for_a_slow_reader_travel_in_messages_that_a_gateway_takes() -> None:
+    logprobs = tuple(TokenLogprob(2**17, -1.5, ((2**17, -1.5),) * LOGPROB_LIMIT) for _ in range(16))
+    report = Round(
+        2**20, 2**20, 15, 15, 15, BlockState.FRESH, (0.5,) * 15, 2**40, 2**40, 9, 9, 99, 99, 9, "d"
+    )
+    count = 3 * COMMIT_LIMIT + 1
+    commits = [Committed("t", 16 * i, (2**17,) * 16, report, logprobs) for i in range(count)]
+    responses = list(_responses(commits, VerifierIdentity("v", "e", ToyModel().info), ""))
+    assert len(token_ids(responses)) == 16 * count
+    assert max(response.ByteSize() for response in responses) < FRAME_LIMIT_BYTES
+    assert {(each.wait_us, each.verify_us) for each in rounds(responses)} == {(2**31 - 1, 2**31 - 1)}
 
 
 async def test_many_turns_at_once_all_get_all_their_tokens() -> None:

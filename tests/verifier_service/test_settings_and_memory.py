@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from sparkrelay.settings import InvalidSettings, read
+from verifier_service.__main__ import served_info
 from verifier_service.host_memory import MIB, block_count, free_bytes
 from verifier_service.models.toy import ToyModel
 from verifier_service.settings import VerifierSettings
@@ -31,6 +32,12 @@ def test_flags_win_over_the_environment() -> None:
 def test_a_wrong_setting_is_named(flag: str, value: str) -> None:
     with pytest.raises(InvalidSettings, match=flag):
         read(VerifierSettings, [f"--{flag.replace('_', '-')}", value], {})
+
+
+@pytest.mark.parametrize(("setting", "told"), [(0, 4096), (100, 100), (9999, 4096)])
+def test_callers_are_told_the_smaller_of_the_models_limit_and_the_setting(setting: int, told: int) -> None:
+    info = replace(ToyModel().info, context_limit=4096)
+    assert served_info(info, setting) == replace(info, context_limit=told)
 
 
 def test_blocks_fill_the_memory_they_are_given() -> None:

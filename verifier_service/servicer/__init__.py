@@ -16,7 +16,7 @@ from typing import Any
 import grpc.aio
 
 from sparkrelay.errors import abort
-from sparkrelay.frames import ContextKind, Drain, Fingerprint
+from sparkrelay.frames import ContextKind, Drain, Fingerprint, duration_us
 from sparkrelay.outcomes import Reason, Refusal
 from sparkrelay.protocol import BLOCK_LIMIT, PROTOCOL_MAX, PROTOCOL_MIN
 from sparkrelay.v1 import errors_pb2, verifier_service_pb2_grpc
@@ -212,7 +212,7 @@ class VerifierServicer(verifier_service_pb2_grpc.VerifierServiceServicer):
             session_count=load.session_count,
             used_block_count=load.used_block_count,
             block_count=load.block_count,
-            step_us=load.step_us,
+            step_us=duration_us(load.step_us),
             step_count=load.step_count,
             committed_token_count=load.committed_token_count,
             drafters=[_drafter_pb(drafter) for drafter in self._hub.drafters.all()],
@@ -228,8 +228,8 @@ def _drafter_pb(drafter: Drafter) -> pb2.DrafterStatus:
         message=drafter.message,
         session_count=len(drafter.members),
         proposal_kind=drafter.proposal_kind,
-        round_trip_us=drafter.round_trip_us,
-        turnaround_us=drafter.turnaround_us,
+        round_trip_us=duration_us(drafter.round_trip_us),
+        turnaround_us=duration_us(drafter.turnaround_us),
         drafted_count=drafter.drafted_count,
         verified_count=drafter.verified_count,
         accepted_count=drafter.accepted_count,

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Iterable
+from collections import deque
+from collections.abc import Callable, Iterable, Sized
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -50,6 +51,7 @@ from verifier_service.events import BlockArrived
 
 MERGED_ENTRIES = 1024  # verdicts of one frame
 OUTBOX_LIMIT = 1024  # frames that may wait for a drafter that does not read
+NEVER_S = float("-inf")
 CONFIDENCES = tuple(step / 255 for step in range(256))
 
 
@@ -74,6 +76,7 @@ class LinkOwner(Protocol):
 
     def welcomed(self, link: DrafterLink, greeted: Greeted) -> Drafter: ...
     def join_asked(self, link: DrafterLink, decision: JoinAsked) -> None: ...
+    def join_refused(self, link: DrafterLink, decision: RefuseJoin) -> None: ...
     def member_gone(self, member_id: int, reason: Reason, *, may_return: bool = False) -> None: ...
     def blocks_arrived(self, blocks: Iterable[BlockArrived]) -> None: ...
 
@@ -99,7 +102,7 @@ class DrafterLink:
         )
         self.feed = ContextFeed()
         self.outbox: list[VerifierFrame] = []
-        self.feed_outbox: list[Ping | Pong] = []
+        self.feed_outbox: deque[Ping | Pong] = deque()
         self.wake = asyncio.Event()
         self.feed_wake = asyncio.Event()
         self.over = asyncio.Event()
@@ -117,11 +120,11 @@ class DrafterLink:
         self._verdicts: list[Verdict] = []  # of the engine's step under way
         self._judged: set[int] = set()  # handles in _verdicts
         self._after: list[VerifierFrame] = []  # about them, to be said after the verdicts
-        self._judged_at_s = 0.0
+        self._judged_at_s = NEVER_S  # when verdicts that ask for blocks went out, until the first block
         self._act: dict[type, Callable[[Any], None]] = {
             Greeted: self._greet,
             JoinAsked: lambda decision: self._owner.join_asked(self, decision),
-            RefuseJoin: lambda d: self.say(Left(0, d.session_id, d.reason, d.message)),
+            RefuseJoin: self._refuse_join,
             BlocksAccepted: self._blocks_accepted,
             MemberLeft: self._member_left,
             EndMembership: self._end_membership,
@@ -165,7 +168,7 @@ class DrafterLink:
         now_s = self._now_s()
         self._feed_keepalive.heard(now_s)
         if isinstance(frame, Ping):
-            self.feed_outbox.append(Pong(frame.sequence))
+            self._say_on_feed(Pong(frame.sequence))
         elif isinstance(frame, Pong):
             self._feed_keepalive.pong(frame.sequence, now_s)
             self.feed.ponged(frame.sequence)
@@ -221,15 +224,19 @@ class DrafterLink:
                 )
             )
         if arrived:
-            if self._judged_at_s:
-                measured_us = int((now_s - self._judged_at_s) * 1e6)
-                drafter.turnaround_us = _smoothed(drafter.turnaround_us, measured_us)
-                self._judged_at_s = 0.0
+            measured_s = now_s - self._judged_at_s
+            if measured_s < self._settings.silence_limit_s:  # longer: the sessions were idle
+                drafter.turnaround_us = _smoothed(drafter.turnaround_us, int(measured_s * 1e6))
+            self._judged_at_s = NEVER_S
             self._owner.blocks_arrived(arrived)
 
     def _end_for_bad_ids(self, block: Block) -> None:
         message = f"a drafted id is outside of the vocabulary, 0 to {self._settings.vocab_size - 1}"
         self._end_membership(self.side.end_membership(block.handle, Reason.INVALID_TOKEN, message))
+
+    def _refuse_join(self, decision: RefuseJoin) -> None:
+        self.say(Left(0, decision.session_id, decision.reason, decision.message))
+        self._owner.join_refused(self, decision)
 
     def _member_left(self, decision: MemberLeft) -> None:
         self.feed.forget(decision.handle)
@@ -255,6 +262,9 @@ class DrafterLink:
         if isinstance(frame, TurnEnded | Rewound | TurnStarted | Left) and frame.handle in self._judged:
             self._after.append(frame)
             return
+        if self.side.ping_wanted and isinstance(frame, TurnStarted):
+            # The fence of the turn before it: a block of this turn that came before the pong would count as a late one.
+            self.say(self._keepalive.ping(self._now_s()))
         self.side.send(frame)
         self._queue(frame)
 
@@ -264,10 +274,6 @@ class DrafterLink:
             self.flush()
         self._judged.add(verdict.handle)
         self._verdicts.append(verdict)
-        drafter = self._drafter
-        if verdict.depth and drafter is not None:
-            drafter.verified_count += verdict.depth
-            drafter.accepted_count += verdict.accepted_count
 
     def joined(self, frame: Joined) -> None:
         self.say(frame)
@@ -314,7 +320,11 @@ class DrafterLink:
             self._queue(frame)
             for each in after:
                 self.say(each)
-            self._judged_at_s = self._now_s()
+            if self._drafter is not None:
+                self._drafter.verified_count += sum([verdict.depth for verdict in frame.entries])
+                self._drafter.accepted_count += sum([verdict.accepted_count for verdict in frame.entries])
+            if any(verdict.draft_budget for verdict in frame.entries):
+                self._judged_at_s = self._now_s()
         if self.side.ping_wanted:
             self.say(self._keepalive.ping(self._now_s()))
 
@@ -327,7 +337,10 @@ class DrafterLink:
                 return
         self.outbox.append(frame)
         self.wake.set()
-        if len(self.outbox) > self._settings.outbox_limit:
+        self._bound(self.outbox)
+
+    def _bound(self, outbox: Sized) -> None:
+        if len(outbox) > self._settings.outbox_limit:
             self.close(Refusal(Reason.SLOW, f"{self._settings.outbox_limit} frames wait to be read"))
 
     # ---- the life of the streams ----------------------------------------------------------------------------------------------
@@ -352,8 +365,12 @@ class DrafterLink:
         """Pings on FeedContext, now or with a ping that was due."""
         frame = ping or self._feed_keepalive.ping(self._now_s())
         self.feed.pinged(frame.sequence)
+        self._say_on_feed(frame)
+
+    def _say_on_feed(self, frame: Ping | Pong) -> None:
         self.feed_outbox.append(frame)
         self.feed_wake.set()
+        self._bound(self.feed_outbox)
 
     def close(self, refusal: Refusal | None = None) -> None:
         """Ends both streams: with a status that tells why, or cleanly."""

@@ -14,11 +14,15 @@ from sparkrelay.telemetry import from_metadata
 from sparkrelay.v1 import verifier_service_pb2 as pb2
 from verifier_service.events import Committed, TurnAccepted, TurnEvent, TurnOver, TurnRefused
 from verifier_service.models import ModelInfo
+from verifier_service.servicer.commit_batch import commit_batch
 from verifier_service.servicer.hub import Hub
-from verifier_service.servicer.turn_output import TurnOutput, committed_pb, finished_pb
+from verifier_service.servicer.turn_output import TurnOutput, finished_pb
 from verifier_service.servicer.validation import turn_request
 
 Response = pb2.VerifierServiceGenerateResponse
+
+COMMIT_LIMIT = 512
+"""Commits of one message. 16 tokens with 20 log-probabilities each make 4 KiB, and a gateway takes 4 MiB."""
 
 
 class Identity(Protocol):
@@ -66,17 +70,17 @@ async def generate(
 
 def _responses(events: Sequence[TurnEvent], who: Identity, trace_id: str) -> Iterator[Response]:
     """Neighbouring commits in one message. Raises the Refusal of a TurnRefused after what came before it."""
-    batch: list[pb2.TokensCommitted] = []
+    batch: list[Committed] = []
     for event in events:
-        if isinstance(event, Committed):
-            batch.append(committed_pb(event))
-            continue
-        if batch:
-            yield Response(committed=pb2.CommitBatch(commits=batch))
+        if batch and (not isinstance(event, Committed) or len(batch) == COMMIT_LIMIT):
+            yield Response(committed=commit_batch(batch))
             batch = []
-        yield _response(event, who, trace_id)
+        if isinstance(event, Committed):
+            batch.append(event)
+        else:
+            yield _response(event, who, trace_id)
     if batch:
-        yield Response(committed=pb2.CommitBatch(commits=batch))
+        yield Response(committed=commit_batch(batch))
 
 
 def _response(event: TurnAccepted | TurnRefused | TurnOver, who: Identity, trace_id: str) -> Response:

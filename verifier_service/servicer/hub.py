@@ -12,9 +12,9 @@ from typing import Any
 
 import structlog
 
-from sparkrelay.frames import Context, Invite, Joined, Rewound, TurnEnded, TurnStarted, Verdict
+from sparkrelay.frames import Context, Invite, Joined, Rewound, TurnEnded, TurnStarted
 from sparkrelay.outcomes import Reason, Refusal
-from sparkrelay.protocol import Greeted, JoinAsked
+from sparkrelay.protocol import Greeted, JoinAsked, RefuseJoin
 from verifier_service.drafters import CloseLink, Drafter, Drafters, Effect, SendInvite
 from verifier_service.events import (
     AddMember,
@@ -123,32 +123,17 @@ class Hub:
         for event in events:
             kind = type(event)
             if kind is MemberVerdict:
-                self._judge(event, link_of)  # type: ignore[arg-type]
+                link = link_of.get(event.handle)  # type: ignore[union-attr]
+                if link is not None:
+                    link.judge(event)  # type: ignore[arg-type]
             elif kind is Committed:
                 turn = turns.get(event.turn_id)  # type: ignore[union-attr]
                 if turn is not None:
                     turn.add(event, turn_count)  # type: ignore[arg-type]
             else:
                 self._handlers[kind](event)
-        for link in self._links.values():
-            link.flush()
-
-    def _judge(self, event: MemberVerdict, link_of: dict[int, DrafterLink]) -> None:
-        link = link_of.get(event.member_id)
-        if link is not None:
-            link.judge(
-                Verdict(
-                    event.member_id,
-                    event.round,
-                    event.base_len,
-                    event.block_base_len,
-                    event.depth,
-                    event.accepted_count,
-                    event.next_token_id,
-                    event.draft_budget,
-                    event.rows,
-                )
-            )
+        for each in self._links.values():
+            each.flush()
 
     def _turn_event(self, event: TurnEvent) -> None:
         turn = self.turns.get(event.turn_id)
@@ -308,6 +293,10 @@ class Hub:
                 ),
             )
         )
+
+    def join_refused(self, link: DrafterLink, decision: RefuseJoin) -> None:
+        """A drafter asked for a session and may not have it."""
+        self._apply(self.drafters.join_refused(link.link_id, decision.session_id, decision.reason))
 
     def member_gone(self, member_id: int, reason: Reason, *, may_return: bool = False) -> None:
         """A membership ended on the link's side."""

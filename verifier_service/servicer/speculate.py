@@ -63,14 +63,14 @@ async def feed_context(hub: Hub, requests: AsyncIterator[pb2.FeedContextRequest]
 
 async def _read(link: DrafterLink, requests: AsyncIterator[pb2.SpeculateRequest]) -> None:
     async for request in requests:
+        if link.ended:
+            return  # this drafter is known by another stream already, or by none
         try:
             frame = drafter_frame(request)
         except Refusal as refusal:
             _unreadable(link, request, refusal)
             continue
         link.hear(frame)
-        if link.ended:
-            return
 
 
 def _unreadable(link: DrafterLink, request: pb2.SpeculateRequest, refusal: Refusal) -> None:
@@ -126,7 +126,7 @@ async def _write_feed(link: DrafterLink, context: Context) -> None:
         link.feed_wake.clear()
         while not link.ended:
             if link.feed_outbox:
-                await context.write(feed_response_pb(link.feed_outbox.pop(0)))
+                await context.write(feed_response_pb(link.feed_outbox.popleft()))
             elif (head := link.feed.head()) is not None:
                 message = feed_response_pb(head)
                 if not link.feed.take(message.ByteSize()):

@@ -7,9 +7,9 @@ import asyncio
 from sparkrelay.outcomes import Refusal
 from sparkrelay.v1 import generation_pb2
 from sparkrelay.v1 import verifier_service_pb2 as pb2
-from verifier_service.events import Committed, Round, TokenLogprob, TurnEvent, TurnOver, TurnRefused
+from verifier_service.events import Committed, TurnEvent, TurnOver, TurnRefused
 
-PACE_S = 0.0002  # with n turns under way each sends commits at most every n * PACE_S
+PACE_S = 0.0004  # with n turns under way each sends commits at most every n * PACE_S
 
 
 class TurnOutput:
@@ -82,15 +82,6 @@ class TurnOutput:
         self._ready.set()
 
 
-def committed_pb(event: Committed) -> pb2.TokensCommitted:
-    return pb2.TokensCommitted(
-        start=event.start,
-        token_ids=event.token_ids,
-        logprobs=[_logprob_pb(each) for each in event.logprobs] if event.logprobs else None,
-        round=None if event.round is None else _round_pb(event.round),
-    )
-
-
 def finished_pb(event: TurnOver) -> pb2.VerifierTurnFinished:
     return pb2.VerifierTurnFinished(
         finish_reason=generation_pb2.FinishReason.ValueType(event.finish_reason),
@@ -101,28 +92,3 @@ def finished_pb(event: TurnOver) -> pb2.VerifierTurnFinished:
         ),
         session_token_count=event.session_token_count,
     )
-
-
-def _round_pb(value: Round) -> generation_pb2.RoundReport:
-    return generation_pb2.RoundReport(
-        index=value.index,
-        base_len=value.base_len,
-        drafted_count=value.drafted_count,
-        depth=value.depth,
-        accepted_count=value.accepted_count,
-        block_state=generation_pb2.RoundReport.BlockState.ValueType(value.block_state),
-        confidences=bytes([int(confidence * 255 + 0.5) for confidence in value.confidences]),
-        wait_us=value.wait_us,
-        verify_us=value.verify_us,
-        draft_us=value.draft_us,
-        queue_us=value.queue_us,
-        batch_row_count=value.batch_row_count,
-        batch_session_count=value.batch_session_count,
-        dropped_block_count=value.dropped_block_count,
-        drafter_id=value.drafter_id,
-    )
-
-
-def _logprob_pb(value: TokenLogprob) -> generation_pb2.TokenLogprob:
-    top = [generation_pb2.TokenLogprob(token_id=token, logprob=logprob) for token, logprob in value.top]
-    return generation_pb2.TokenLogprob(token_id=value.token_id, logprob=value.logprob, top=top)

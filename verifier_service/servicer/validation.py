@@ -96,7 +96,7 @@ def _check_tokens(request: pb2.VerifierServiceGenerateRequest, info: ModelInfo) 
     if length == 0:
         raise _invalid("append_token_ids", "is empty and nothing is kept; send at least one token")
     if length >= info.context_limit:
-        message = f"the session would have {length} tokens; the model takes {info.context_limit}, the answer's included"
+        message = f"the session would have {length} tokens; at most {info.context_limit - 1} leave room for an answer"
         raise Refusal(
             Reason.CONTEXT_EXCEEDED, message, violations=(FieldViolation("append_token_ids", message),)
         )
