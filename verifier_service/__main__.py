@@ -148,6 +148,7 @@ class _Device:
                 max_sessions=settings.max_sessions,
                 max_queued_turns=settings.max_queued_turns,
                 context_limit=settings.context_limit,
+                leftover_percent=settings.leftover_percent,
             ),
             parse_depth_policy(settings.depth_policy),
             lambda: time.monotonic_ns() // 1000,

@@ -222,6 +222,7 @@ class BatchScheduler:
         self.preempted_count += 1
         turn = _turn(sequence)
         turn.reading = True
+        turn.reading_begun = False
         # Its wait may be long past when it comes back: a new one begins then.
         turn.wait.deadline_us = None
         self._memory.release(sequence)
@@ -236,12 +237,22 @@ class BatchScheduler:
                 break
             if sequence.sequence_id not in self.running:
                 continue  # preempted while this step was planned
+            if not _turn(sequence).reading_begun:
+                self._begin_reading(sequence)
             start = sequence.state_len
             rows = sequence.token_ids[start : start + row_count]
             row_count -= len(rows)
             complete = start + len(rows) == sequence.base_len
             entries.append(Entry(sequence, Segment(sequence.sequence_id, start, rows, int(complete)), 0))
         return entries
+
+    def _begin_reading(self, sequence: Sequence) -> None:
+        """Looks once more for somebody who remembers the beginning: in a crowd with one system prompt, whoever read first."""
+        turn = _turn(sequence)
+        turn.reading_begun = True
+        self._memory.reuse(sequence)
+        if sequence.base_len == turn.opened_len:
+            turn.cached_count = min(sequence.state_len, turn.command.output_start)
 
     def check_integrity(self) -> None:
         for sequence_id, sequence in self.running.items():

@@ -26,6 +26,7 @@ from verifier_service.events import (
     DrafterUnavailable,
     EndSession,
     Event,
+    ForkSession,
     MemberRemoved,
     MemberTurnStarted,
     RemoveMember,
@@ -33,8 +34,10 @@ from verifier_service.events import (
     TurnAccepted,
     TurnRefused,
 )
+from verifier_service.forks import fork_session
 from verifier_service.members import Members
 from verifier_service.models import FloatRows, TargetModel
+from verifier_service.prefix_index import PREFIX_BLOCK
 from verifier_service.ragged_batch import RaggedBatch
 from verifier_service.sequence import Sequence
 from verifier_service.sessions import Sessions
@@ -54,6 +57,8 @@ class EngineSettings:
     max_queued_turns   turns that may wait for room; beyond it they are refused
     context_limit      the most tokens of a session; 0: the model's limit
     retry_after_ms     what a refused caller is told to wait
+    leftover_percent   of the blocks, how many the state of ended sessions may hold until somebody needs them: the next
+                       prompt that begins like theirs is not read again
     """
 
     block_count: int
@@ -63,6 +68,7 @@ class EngineSettings:
     max_queued_turns: int = 256
     context_limit: int = 0
     retry_after_ms: int = 500
+    leftover_percent: int = 25
 
     def __post_init__(self) -> None:
         for name in ("block_count", "max_sessions", "max_queued_turns", "retry_after_ms"):
@@ -71,6 +77,8 @@ class EngineSettings:
         for name in ("block_wait_us", "context_limit"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name}: is {getattr(self, name)}; must not be negative")
+        if not 0 <= self.leftover_percent <= 100:
+            raise ValueError(f"leftover_percent: is {self.leftover_percent}; must be from 0 to 100")
         if self.step_token_budget < 16:
             budget = self.step_token_budget
             raise ValueError(f"step_token_budget: is {budget}; must be at least 16, a block and its anchor")
@@ -78,7 +86,12 @@ class EngineSettings:
 
 @dataclass(frozen=True, slots=True)
 class EngineLoad:
-    """What an engine is doing, and has done since it began. Units: tokens and counts; step_us is the last forward's duration."""
+    """What an engine is doing, and has done since it began. Units: tokens and counts; step_us is the last forward's duration.
+
+    used_block_count      blocks that sessions hold, idle ones included
+    leftover_block_count  blocks with state of ended sessions, as good as free
+    reused_count          how often a turn began with, or went on from, state of another session; reused_token_count in tokens
+    """
 
     active_turn_count: int
     queued_turn_count: int
@@ -91,6 +104,9 @@ class EngineLoad:
     committed_token_count: int
     preempted_count: int
     evicted_count: int
+    leftover_block_count: int
+    reused_count: int
+    reused_token_count: int
 
 
 class Engine:
@@ -106,7 +122,8 @@ class Engine:
         self._model = model
         self._settings = settings
         self._measure_us = measure_us
-        self._memory = StateMemory(model, settings.block_count)
+        leftover_limit = settings.block_count * settings.leftover_percent // 100
+        self._memory = StateMemory(model, settings.block_count, leftover_limit)
         self._scheduler = BatchScheduler(
             self._memory, policy, settings.step_token_budget, settings.block_wait_us
         )
@@ -151,6 +168,8 @@ class Engine:
                 self._cancel_turn(command, events)
             case EndSession():
                 self._end_session(command, events)
+            case ForkSession():
+                fork_session(command, self._sessions, self._settings.retry_after_ms, events)
             case AddMember():
                 self._add_member(command, events)
             case RemoveMember():
@@ -179,10 +198,14 @@ class Engine:
         policy_budget = self._scheduler.draft_budget()
         for index, verdict in enumerate(verdicts_of(entries, logits, starts)):
             entry = entries[index]
-            entry.sequence.state_len += len(entry.segment.token_ids)
+            sequence = entry.sequence
+            sequence.state_len += len(entry.segment.token_ids)
             if verdict is not None:
                 rows = logits[starts[index] : starts[index + 1]]
                 self._commit(entry, verdict, rows, facts, policy_budget, events)
+            # Only now, when rejected drafts are forgotten, and only if another block of the index is full: this is the hot path.
+            if sequence.state_len // PREFIX_BLOCK > entry.segment.start // PREFIX_BLOCK:
+                self._memory.grown(sequence)
 
     def _commit(
         self,
@@ -226,7 +249,9 @@ class Engine:
             events.append(refusal)
             return
         if sequence is None:
-            sequence = self._sessions.open(command.session_id, events)
+            sequence = self._sessions.open(command.session_id, command.tenant_salt, events)
+        if command.keep_len == 0:
+            self._memory.prefer(command.tenant_salt, command.append_ids)
         sequence.requested = command
         self._turns[command.turn_id] = sequence
         self._scheduler.queue.append(sequence)
@@ -347,6 +372,9 @@ class Engine:
             committed_token_count=self._committed_token_count,
             preempted_count=self._scheduler.preempted_count,
             evicted_count=self._memory.evicted_count,
+            leftover_block_count=self._memory.leftover_block_count,
+            reused_count=self._memory.reused_count,
+            reused_token_count=self._memory.reused_token_count,
         )
 
     def check_integrity(self) -> None:

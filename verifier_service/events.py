@@ -32,6 +32,7 @@ class StartTurn:
     stop_ids         all ids that end the turn, the model's own included
     expect_drafter   True if a drafter was invited: the engine may wait for its join and blocks
     logprob_count    None for no log-probabilities
+    tenant_salt      whose request it is, set by the gateway: state is reused only between sessions of the same salt
     """
 
     session_id: str
@@ -47,6 +48,7 @@ class StartTurn:
     expect_drafter: bool = False
     logprob_count: int | None = None
     received_us: int = 0
+    tenant_salt: bytes = b""
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,6 +63,15 @@ class EndSession:
     """Forgets a session; its turn, if any, ends cancelled. An unknown session is no error."""
 
     session_id: str
+
+
+@dataclass(frozen=True, slots=True)
+class ForkSession:
+    """Opens a session that begins with the first `at_len` committed tokens of another, which may have a turn under way."""
+
+    session_id: str
+    new_session_id: str
+    at_len: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,13 +118,26 @@ class BlockArrived(NamedTuple):
     turn_id: str = ""
 
 
-Command = StartTurn | CancelTurn | EndSession | AddMember | RemoveMember | DrafterUnavailable | BlockArrived
+Command = (
+    StartTurn
+    | CancelTurn
+    | EndSession
+    | ForkSession
+    | AddMember
+    | RemoveMember
+    | DrafterUnavailable
+    | BlockArrived
+)
 
 # ---- events for the caller of a turn ----------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, slots=True)
 class TurnAccepted:
+    """cached_token_count: prompt tokens whose state is there. TurnOver says how it was when they were read:
+    more if others had read them by then, less if they were evicted before.
+    """
+
     turn_id: str
     prompt_token_count: int
     cached_token_count: int
@@ -178,6 +202,31 @@ class TurnOver:
     cached_token_count: int
     output_token_count: int
     session_token_count: int
+
+
+# ---- events for the caller of a fork ----------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class SessionForked:
+    """The new session is open. state_len: of its tokens, those whose state was copied; the others are read when it has a turn."""
+
+    session_id: str
+    new_session_id: str
+    token_count: int
+    state_len: int
+
+
+@dataclass(frozen=True, slots=True)
+class ForkRefused:
+    """See TurnRefused."""
+
+    session_id: str
+    new_session_id: str
+    reason: Reason
+    message: str
+    field: str = ""
+    retry_after_ms: int = 0
 
 
 # ---- events for a member ----------------------------------------------------------------------------------------------------
@@ -251,6 +300,7 @@ class BlockDropped:
 
 
 TurnEvent = TurnAccepted | TurnRefused | Committed | TurnOver
+ForkEvent = SessionForked | ForkRefused
 MemberEvent = (
     MemberAdded
     | MemberRemoved
@@ -261,4 +311,4 @@ MemberEvent = (
     | MemberTurnEnded
     | BlockDropped
 )
-Event = TurnEvent | MemberEvent
+Event = TurnEvent | ForkEvent | MemberEvent

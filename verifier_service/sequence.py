@@ -106,10 +106,11 @@ class Turn:
     command         what was asked
     opened_len      committed tokens when it opened: its prompt, replayed output included
     end_len         the committed length at which it must end: max_tokens or the context limit
-    cached_count    prompt tokens whose state was there
+    cached_count    prompt tokens whose state was there when their reading began
     age             ordinal of admission: the youngest is preempted first
     chooser         chooses its tokens; None for greedy decoding without filters, where the best logit is the token
     reading         its state is still to be built (prompt, or again after preemption): no draft is checked meanwhile
+    reading_begun   a row of it was read since it was opened or preempted
     round_count     rounds so far; the number of the next one
     rested_us       when its last step ended
     block           the drafted block at hand; it fits the committed tokens
@@ -125,6 +126,7 @@ class Turn:
     wait: Wait
     rested_us: int
     reading: bool = True
+    reading_begun: bool = False
     round_count: int = 0
     block: Block | None = None
     dropped_count: int = 0
@@ -141,6 +143,7 @@ class Turn:
 class Sequence:
     """A session. See the module's docstring.
 
+    salt        whose tokens they are, from its first turn; state is shared only between equal salts
     token_ids   committed tokens; a token's position is its index here
     chain       their chain hash, as far as it was ever asked for
     state_len   positions the model remembers, from 0; below len(token_ids): the anchor's own state does not exist
@@ -150,6 +153,7 @@ class Sequence:
 
     session_id: str
     sequence_id: int
+    salt: bytes = b""
     token_ids: list[int] = field(default_factory=list)
     chain: ChainHash = field(default_factory=ChainHash)
     state_len: int = 0

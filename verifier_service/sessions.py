@@ -32,21 +32,30 @@ class Sessions:
     def values(self) -> ValuesView[Sequence]:
         return self._by_id.values()
 
-    def may_open(self) -> bool:
-        """Whether one more can be opened: there is room, or one without a turn to forget."""
-        return len(self._by_id) < self._limit or self._longest_idle() is not None
+    def may_open(self, spared: Sequence | None = None) -> bool:
+        """Whether one more can be opened: there is room, or one without a turn to forget that is not the spared one."""
+        return len(self._by_id) < self._limit or self._longest_idle(spared) is not None
 
-    def open(self, session_id: str, events: list[Event]) -> Sequence:
+    def open(
+        self, session_id: str, salt: bytes, events: list[Event], spared: Sequence | None = None
+    ) -> Sequence:
         """A new session. It `may_open`."""
         assert session_id not in self._by_id
         if len(self._by_id) >= self._limit:
-            idle = self._longest_idle()
+            idle = self._longest_idle(spared)
             assert idle is not None
             self.forget(idle, "the verifier has forgotten the session to make room", events)
-        sequence = Sequence(session_id, self._opened_count)
+        sequence = Sequence(session_id, self._opened_count, salt)
         self._opened_count += 1
         self._by_id[session_id] = sequence
         self._memory.open(sequence)
+        return sequence
+
+    def fork(self, source: Sequence, session_id: str, at_len: int, events: list[Event]) -> Sequence:
+        """A new session with the first `at_len` tokens of another. It `may_open` with the source spared."""
+        sequence = self.open(session_id, source.salt, events, source)
+        sequence.token_ids = source.token_ids[:at_len]
+        self._memory.fork(source, sequence)
         return sequence
 
     def touch(self, sequence: Sequence) -> None:
@@ -54,7 +63,7 @@ class Sessions:
         self._by_id[sequence.session_id] = self._by_id.pop(sequence.session_id)
 
     def forget(self, sequence: Sequence, message: str, events: list[Event]) -> None:
-        """Ends a session without a turn: its membership, its room, its tokens."""
+        """Ends a session without a turn: its membership, its tokens. Its state may serve others until it is evicted."""
         assert not sequence.busy
         self._members.remove_from(sequence, Reason.SESSION_ENDED, message, events)
         self._memory.close(sequence)
@@ -67,5 +76,5 @@ class Sessions:
             assert sequence.session_id == session_id
             sequence.check_integrity()
 
-    def _longest_idle(self) -> Sequence | None:
-        return next((sequence for sequence in self._by_id.values() if not sequence.busy), None)
+    def _longest_idle(self, spared: Sequence | None = None) -> Sequence | None:
+        return next((each for each in self._by_id.values() if not each.busy and each is not spared), None)

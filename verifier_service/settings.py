@@ -77,6 +77,13 @@ class VerifierSettings(ServiceSettings):
         le=1_000_000,
         description="Turns that may wait for room; beyond it they are refused.",
     )
+    leftover_percent: int = Field(
+        25,
+        ge=0,
+        le=100,
+        description="How much of the state memory ended sessions may hold until somebody needs it: "
+        "a prompt that begins like theirs is not read again.",
+    )
     context_limit: int = Field(
         0, ge=0, description="The most tokens of a session; 0 takes the model's own limit."
     )

@@ -44,6 +44,8 @@ def refusal_of(command: StartTurn, sequence: Sequence | None, limits: Limits) ->
     if sequence is None and command.keep_len > 0:
         message = "is not known here; send the whole conversation with keep_len 0"
         return refused(Reason.SESSION_NOT_FOUND, message, "session_id")
+    if sequence is not None and sequence.salt != command.tenant_salt:
+        return refused(Reason.SESSION_NOT_FOUND, "is another tenant's; use another id", "session_id")
     if sequence is not None and sequence.busy:
         message = "has a turn under way; wait for its end or cancel it"
         return refused(Reason.SESSION_BUSY, message, "session_id")
@@ -87,25 +89,30 @@ def opened_length(command: StartTurn) -> int:
 def open_turn(
     sequence: Sequence, memory: StateMemory, limits: Limits, age: int, now_us: int, events: list[Event]
 ) -> None:
-    """Rewinds the session to what is kept, appends the new tokens, and says so. The sequence has room for them."""
+    """Rewinds the session to what is kept, appends the new tokens, and says so. The sequence has room for them.
+
+    What another sequence remembers of these tokens is taken over.
+    """
     command = sequence.requested
     assert command is not None and sequence.turn is None
     old_len = sequence.base_len
     sequence.rewrite(command.keep_len, command.append_ids)
     # The anchor's logits are needed, so at least the anchor is read, even if its state is there.
     memory.rewind(sequence, min(command.keep_len, sequence.base_len - 1))
+    memory.reuse(sequence)
+    cached_count = min(sequence.state_len, command.output_start)
     sequence.requested = None
     sequence.turn = Turn(
         command=command,
         opened_len=sequence.base_len,
         end_len=min(command.output_start + command.max_tokens, limits.session_tokens),
-        cached_count=sequence.state_len,
+        cached_count=cached_count,
         age=age,
         chooser=_chooser_of(sequence, command),
         wait=Wait(join_expected=command.expect_drafter),
         rested_us=now_us,
     )
-    events.append(TurnAccepted(command.turn_id, command.output_start, sequence.state_len))
+    events.append(TurnAccepted(command.turn_id, command.output_start, cached_count))
     member = sequence.member
     if member is not None and command.keep_len < old_len and member.known_len > command.keep_len:
         member.known_len = command.keep_len

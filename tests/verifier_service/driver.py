@@ -38,6 +38,7 @@ def turn(
     fixed_depth: int | None = None,
     expect_drafter: bool = False,
     logprob_count: int | None = None,
+    tenant_salt: bytes = b"",
 ) -> StartTurn:
     start = keep_len + len(append_ids) if output_start is None else output_start
     return StartTurn(
@@ -53,6 +54,7 @@ def turn(
         speculation=SpeculationRequest(fixed_depth),
         expect_drafter=expect_drafter,
         logprob_count=logprob_count,
+        tenant_salt=tenant_salt,
     )
 
 

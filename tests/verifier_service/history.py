@@ -1,4 +1,5 @@
-"""Random lives of an engine: turns, rewinds, cancels, drafters good and bad, too little memory; and what must hold throughout.
+"""Random lives of an engine: turns, rewinds, forks, cancels, shared beginnings, drafters good and bad, too little memory; and
+what must hold throughout.
 
 `History(seed).run()` plays one and checks, after every step, the engine's own counts and the world's view of it: the
 caller of each turn and each drafter rebuild the session's tokens from their events alone.
@@ -8,11 +9,20 @@ from __future__ import annotations
 
 import random
 from collections import Counter
-from dataclasses import dataclass, field
 
 from sparkrelay.outcomes import BlockState, FinishReason
 from sparkrelay.protocol import chain_hash
-from sparkrelay.sampling import Sampling
+from tests.verifier_service.history_views import (
+    BLOCK_TOKENS,
+    CONTEXT_LIMIT,
+    SALTS,
+    SAMPLINGS,
+    SESSIONS,
+    VOCAB,
+    MemberView,
+    TurnView,
+    beginning,
+)
 from tests.verifier_service.plain_decoder import decode
 from verifier_service.depth_policies import parse_depth_policy
 from verifier_service.engine import Engine, EngineSettings
@@ -25,6 +35,8 @@ from verifier_service.events import (
     Committed,
     DrafterUnavailable,
     EndSession,
+    ForkRefused,
+    ForkSession,
     MemberAdded,
     MemberContext,
     MemberRemoved,
@@ -33,6 +45,7 @@ from verifier_service.events import (
     MemberTurnStarted,
     MemberVerdict,
     RemoveMember,
+    SessionForked,
     SpeculationRequest,
     StartTurn,
     TurnAccepted,
@@ -40,42 +53,6 @@ from verifier_service.events import (
     TurnRefused,
 )
 from verifier_service.models.toy import SnapshotToyModel, ToyModel
-
-VOCAB = 16
-SESSIONS = ("a", "b", "c", "d")
-SAMPLINGS = (
-    Sampling(),
-    Sampling(),
-    Sampling(temperature=0.8, seed=11),
-    Sampling(temperature=1.3, top_k=6, top_p=0.9, min_p=0.02, seed=12),
-    Sampling(repetition_penalty=1.3, presence_penalty=0.4, frequency_penalty=0.3),
-    Sampling(temperature=0.6, min_tokens=5, logit_bias=((3, 1.5),), seed=13),
-)
-CONTEXT_LIMIT = 44
-BLOCK_TOKENS = 4
-
-
-@dataclass
-class TurnView:
-    """A turn as its caller sees it, with the output it must have."""
-
-    command: StartTurn
-    expected: list[int]
-    accepted: bool = False
-    output: list[int] = field(default_factory=list)
-    next_round: int = 0
-
-
-@dataclass
-class MemberView:
-    """A session as a drafter sees it."""
-
-    session_id: str
-    added: bool = False
-    ids: list[int] = field(default_factory=list)
-    turn_id: str = ""
-    awaited_len: int = 0
-    blocks: list[BlockArrived] = field(default_factory=list)
 
 
 class History:
@@ -92,12 +69,14 @@ class History:
                 block_wait_us=self.random.choice((0, 500, 5000)),
                 max_sessions=self.random.choice((3, 8)),
                 max_queued_turns=self.random.choice((1, 4)),
+                leftover_percent=self.random.choice((0, 25, 100)),
             ),
             parse_depth_policy(self.random.choice(("auto", "fixed:7", "fixed:2", "off"))),
         )
         self.context_limit = min(CONTEXT_LIMIT, self.block_count * BLOCK_TOKENS)
         self.now_us = 0
         self.ids: dict[str, list[int]] = {}  # session |-> committed tokens
+        self.salts = dict(SALTS)
         self.turns: dict[str, TurnView] = {}  # turn |-> turns that are not over
         self.members: dict[int, MemberView] = {}
         self.in_flight: list[BlockArrived] = []
@@ -118,6 +97,9 @@ class History:
         load = self.engine.load()
         self.counts["preempted"] += load.preempted_count
         self.counts["evicted"] += load.evicted_count
+        self.counts["reused"] += load.reused_count
+        self.counts["reused tokens"] += load.reused_token_count
+        self.counts["left behind"] += load.leftover_block_count
         for session_id in SESSIONS:
             self._end_session(session_id)
         load = self.engine.load()
@@ -145,6 +127,7 @@ class History:
     def _command(self) -> Command | None:
         kinds = {
             self._start_turn: 5,
+            self._fork: 1,
             self._draft: 6,
             self._deliver: 6,
             self._join: 4,
@@ -159,7 +142,8 @@ class History:
         rng, session_id = self.random, self.random.choice(SESSIONS)
         ids = self.ids.get(session_id, [])
         keep_len = rng.choice((0, len(ids), len(ids), rng.randint(0, len(ids))))
-        append = tuple(rng.randrange(1, VOCAB) for _ in range(rng.choice((0, 1, 3, 9, 20))))
+        append = tuple(beginning(rng, self.ids.values()) if keep_len == 0 and rng.random() < 0.6 else ())
+        append += tuple(rng.randrange(1, VOCAB) for _ in range(rng.choice((0, 1, 3, 9, 20))))
         length = keep_len + len(append)
         keep_hash = chain_hash(ids[:keep_len]) if rng.random() < 0.95 else b"some other hash!"
         return StartTurn(
@@ -175,7 +159,14 @@ class History:
             speculation=SpeculationRequest(rng.choice((None, None, 0, 3, 15))),
             expect_drafter=rng.random() < 0.5,
             logprob_count=rng.choice((None, None, 2)),
+            tenant_salt=self.salts[session_id] if rng.random() < 0.98 else b"an intruder's",
         )
+
+    def _fork(self) -> ForkSession:
+        rng = self.random
+        source, target = rng.choice(SESSIONS), rng.choice(SESSIONS)
+        length = len(self.ids.get(source, []))
+        return ForkSession(source, target, rng.choice((length, rng.randint(-1, length + 1))))
 
     def _join(self) -> AddMember:
         rng, session_id = self.random, self.random.choice(SESSIONS)
@@ -257,11 +248,23 @@ class History:
         assert not turn.accepted and not turn.output
         prompt = self.ids.get(command.session_id, [])[: command.keep_len] + list(command.append_ids)
         assert event.prompt_token_count == command.output_start
-        assert 0 <= event.cached_token_count <= min(command.keep_len, len(prompt) - 1)
+        assert 0 <= event.cached_token_count <= min(command.output_start, len(prompt) - 1)
         self.counts["cached"] += event.cached_token_count
         self.ids[command.session_id] = prompt
         turn.accepted = True
         turn.expected = decode(self.model, prompt, command, self.context_limit)
+
+    def _forked(self, event: SessionForked) -> None:
+        """A session of this id was not open: if it ever was, the engine has forgotten it."""
+        ids = self.ids[event.session_id]
+        assert 0 <= event.state_len < event.token_count <= len(ids)
+        self.ids[event.new_session_id] = ids[: event.token_count]
+        self.salts[event.new_session_id] = self.salts[event.session_id]
+        self.counts["forked with state" if event.state_len else "forked without state"] += 1
+
+    def _fork_refused(self, event: ForkRefused) -> None:
+        assert event.message
+        self.counts[f"fork refused {event.reason.name}"] += 1
 
     def _refused(self, event: TurnRefused) -> None:
         turn = self.turns.pop(event.turn_id)
@@ -300,6 +303,7 @@ class History:
         ids = self.ids[turn.command.session_id]
         assert turn.accepted
         assert event.session_token_count == len(ids)
+        assert 0 <= event.cached_token_count <= min(turn.command.output_start, len(ids) - 1)
         assert event.output_token_count == len(ids) - turn.command.output_start
         if event.finish_reason != FinishReason.CANCELLED:
             assert turn.output == turn.expected, "the turn ended early"
@@ -380,6 +384,8 @@ class History:
     _HANDLERS = {  # noqa: RUF012
         TurnAccepted: _accepted,
         TurnRefused: _refused,
+        SessionForked: _forked,
+        ForkRefused: _fork_refused,
         Committed: _committed,
         TurnOver: _over,
         MemberAdded: _added,

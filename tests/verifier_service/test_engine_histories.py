@@ -9,6 +9,7 @@ import pytest
 from tests.verifier_service.history import History
 from verifier_service import state_memory
 from verifier_service.models.toy import ToyModel
+from verifier_service.prefix_index import PREFIX_BLOCK, PrefixIndex
 from verifier_service.sequence import Sequence
 
 HISTORIES = 1000
@@ -37,6 +38,13 @@ def test_no_schedule_drafter_or_shortage_changes_a_token(part: int) -> None:
         "preempted",
         "evicted",
         "cached",
+        "reused",
+        "reused tokens",
+        "left behind",
+        "forked with state",
+        "forked without state",
+        "fork refused OVERLOADED",
+        "fork refused INVALID_FIELD",
         "over STOP",
         "over LENGTH",
         "over CONTEXT",
@@ -74,4 +82,31 @@ def test_a_stale_row_behind_a_rejection_is_found_out(monkeypatch: pytest.MonkeyP
 
     monkeypatch.setattr(ToyModel, "rewind", leave_a_rejected_token)
     with pytest.raises(AssertionError, match="not what the target alone would have said"):
+        _play(50)
+
+
+def test_a_beginning_that_is_not_the_sources_is_found_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    fork = ToyModel.fork
+
+    def one_position_wrong(model: ToyModel, source_id: int, sequence_id: int, length: int) -> int:
+        length = fork(model, source_id, sequence_id, length)
+        memory = model._memories[sequence_id]
+        memory.hashes[-1:] = [hash_ ^ 2**40 for hash_ in memory.hashes[-1:]]
+        return length
+
+    monkeypatch.setattr(ToyModel, "fork", one_position_wrong)
+    with pytest.raises(AssertionError, match="not what the target alone would have said"):
+        _play(100)
+
+
+def test_an_index_that_does_not_forget_is_found_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    follow = PrefixIndex.follow
+
+    def follow_growth_only(index: PrefixIndex, holder: Sequence) -> None:
+        held = index._held.get(holder.sequence_id)
+        if held is None or holder.state_len // PREFIX_BLOCK > len(held.links):
+            follow(index, holder)
+
+    monkeypatch.setattr(PrefixIndex, "follow", follow_growth_only)
+    with pytest.raises(AssertionError, match=r"an entry (is not the state's|outlived its state)"):
         _play(50)

@@ -25,19 +25,26 @@ class CountedModel(FreeToyModel):
         return super().forward(batch)
 
 
-def rows_between_commits(budget: int, prompt_len: int) -> int:
-    """The most rows computed from one commit of a running turn to the next, while a long prompt is read beside it."""
+def rows_between_commits(budget: int, prompt_len: int, session_count: int = 1) -> int:
+    """The most rows computed from one commit of any running turn to its next, while a long prompt is read beside them."""
     model = CountedModel()
     driver = Driver(model, block_count=1000, step_token_budget=budget)
-    driver.step(turn("runs", "runs", max_tokens=300))
-    gaps, rows, events = [], 0, driver.step(turn("long", "long", (5,) * prompt_len, max_tokens=2))
-    while not driver.output("long") or not gaps:
-        rows += sum(model.steps[-1].values())
-        if any(commit.turn_id == "runs" for commit in of(events, Committed)):
-            gaps.append(rows)
-            rows = 0
-        events = driver.step()
-    return max(gaps)
+    names = [f"runs{n}" for n in range(session_count)]
+    driver.step(*(turn(name, name, max_tokens=300) for name in names))
+    clock, longest = 0, 0
+    last = dict.fromkeys(names, clock)  # turn |-> when it committed last
+    command = turn("long", "long", (5,) * prompt_len, max_tokens=2)
+    while not driver.output("long"):
+        events = driver.step(command) if clock == 0 else driver.step()
+        clock += sum(model.steps[-1].values())
+        for commit in of(events, Committed):
+            if commit.turn_id in last:
+                longest = max(longest, clock - last[commit.turn_id])
+                last[commit.turn_id] = clock
+    assert clock >= prompt_len and all(clock - then <= longest for then in last.values()), (
+        "somebody stood still"
+    )
+    return longest
 
 
 def test_a_long_prompt_is_read_in_chunks_beside_the_running_turns() -> None:
@@ -47,10 +54,15 @@ def test_a_long_prompt_is_read_in_chunks_beside_the_running_turns() -> None:
     )
 
 
+@pytest.mark.parametrize("budget", [32, 128, 512])
+def test_a_2000_token_prompt_delays_none_of_7_running_turns_by_more_than_one_step_budget(budget: int) -> None:
+    assert rows_between_commits(budget, 2000, session_count=7) <= budget
+
+
 def test_prompts_are_read_in_order_of_admission_in_what_decoding_leaves() -> None:
     model = CountedModel()
     driver = Driver(model, step_token_budget=20, block_count=100)
-    driver.run(*(turn(name, name, (1,) * 30, max_tokens=3) for name in ("first", "second")))
+    driver.run(*(turn(name, name, (n,) * 30, max_tokens=3) for n, name in enumerate(("first", "second"))))
     assert model.steps == [{0: 20}, {0: 10, 1: 10}, {0: 1, 1: 19}, {0: 1, 1: 1}, {1: 1}, {1: 1}]
 
 

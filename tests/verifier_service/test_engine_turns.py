@@ -83,6 +83,29 @@ def test_the_next_turn_keeps_what_it_names_and_reads_only_the_rest() -> None:
     assert driver.output("second") == decode(ToyModel(), [*ids[:5], 9, 9], command, 100)
 
 
+def test_three_turns_that_drop_earlier_reasoning_equal_the_one_shot_prompt_of_the_same_ids() -> None:
+    """As a template does that renders an answer without its reasoning: each turn rewinds to before the last reasoning."""
+    driver = Driver()
+    prompt, ids = [1, 2, 3, 4, 5], list[int]()
+    for name in ("first", "second", "third"):
+        keep_len = next((i for i, pair in enumerate(zip(ids, prompt, strict=False)) if pair[0] != pair[1]), 0)
+        command = turn(
+            "s",
+            name,
+            prompt[keep_len:],
+            keep_len=keep_len,
+            keep_hash=chain_hash(ids[:keep_len]),
+            max_tokens=20,
+        )
+        [over] = of(driver.run(command), TurnOver)
+        ids = prompt + driver.output(name)
+        assert over.session_token_count == len(ids)
+        one_shot = Driver()
+        one_shot.run(turn("new", name, prompt, max_tokens=20))
+        assert driver.output(name) == one_shot.output(name)
+        prompt = prompt + driver.output(name)[12:] + [9, 8, 7]
+
+
 def test_a_turn_that_appends_nothing_reads_its_anchor_again() -> None:
     driver = Driver()
     driver.run(turn("s", "first", max_tokens=6))

@@ -69,7 +69,11 @@ class TargetModel(Protocol):
         """Forgets everything from position `length` on; returns the length that is really left (at most `length`)."""
 
     def fork(self, source_id: int, sequence_id: int, length: int) -> int:
-        """Copies the memory of the first `length` tokens to `sequence_id` (open, with room); returns the length it got."""
+        """Copies the memory of the first `length` tokens to `sequence_id`; returns the length it got (at most `length`).
+
+        The copy is open, has room and remembers nothing yet. The source is left as it was. As with `rewind`, a model that
+        cannot begin just anywhere copies less.
+        """
 
     def close(self, sequence_id: int) -> None:
         """Forgets the sequence and its room."""

@@ -81,6 +81,7 @@ class ToyModel:
     def fork(self, source_id: int, sequence_id: int, length: int) -> int:
         source, memory = self._memories[source_id], self._memories[sequence_id]
         assert not memory.token_ids, "forked into a sequence that remembers something"
+        assert length <= len(source.token_ids), "forked from more than the source remembers"
         memory.token_ids = source.token_ids[:length]
         memory.hashes = source.hashes[:length]
         assert len(memory.token_ids) <= memory.capacity, "forked into too little room"
@@ -126,6 +127,11 @@ class SnapshotToyModel(ToyModel):
         if length >= len(self._memories[sequence_id].token_ids):
             return len(self._memories[sequence_id].token_ids)
         return super().rewind(sequence_id, length // self.STRIDE * self.STRIDE)
+
+    def fork(self, source_id: int, sequence_id: int, length: int) -> int:
+        if length < len(self._memories[source_id].token_ids):
+            length = length // self.STRIDE * self.STRIDE
+        return super().fork(source_id, sequence_id, length)
 
 
 class FreeToyModel:
