@@ -55,6 +55,9 @@ STATUS_OF: dict[Reason, grpc.StatusCode] = {
     Reason.DEADLINE_EXCEEDED: _Code.DEADLINE_EXCEEDED,
     Reason.DRAFTER_DECLINED: _Code.UNAVAILABLE,
     Reason.TOO_LARGE: _Code.RESOURCE_EXHAUSTED,
+    Reason.RESUME_LOST: _Code.FAILED_PRECONDITION,
+    Reason.GRAMMAR_REFUSED: _Code.INVALID_ARGUMENT,
+    Reason.SESSION_EXISTS: _Code.ALREADY_EXISTS,
 }
 
 # What a status means that came without our details (from gRPC itself, or a proxy). UNAVAILABLE and NOT_FOUND stay

@@ -39,6 +39,9 @@ class Reason(IntEnum):
     DEADLINE_EXCEEDED = 27
     DRAFTER_DECLINED = 28
     TOO_LARGE = 29
+    RESUME_LOST = 30
+    GRAMMAR_REFUSED = 31
+    SESSION_EXISTS = 32
 
 
 class FinishReason(IntEnum):

@@ -84,6 +84,12 @@ class _ReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Reason.ValueTy
     """The drafter cannot draft for this session (for example it is full)."""
     REASON_TOO_LARGE: _Reason.ValueType  # 29
     """A frame or field is larger than the limit. RESOURCE_EXHAUSTED."""
+    REASON_RESUME_LOST: _Reason.ValueType  # 30
+    """The turn is known, but what came from next_index on is no longer kept: ask again as a new turn with the same seed. FAILED_PRECONDITION."""
+    REASON_GRAMMAR_REFUSED: _Reason.ValueType  # 31
+    """The text of the response_format cannot be turned into a grammar, or nothing satisfies it; the message says where. INVALID_ARGUMENT."""
+    REASON_SESSION_EXISTS: _Reason.ValueType  # 32
+    """A session of this id exists already. ALREADY_EXISTS."""
 
 class Reason(_Reason, metaclass=_ReasonEnumTypeWrapper):
     """Why a call was refused or a membership ended."""
@@ -148,4 +154,10 @@ REASON_DRAFTER_DECLINED: Reason.ValueType  # 28
 """The drafter cannot draft for this session (for example it is full)."""
 REASON_TOO_LARGE: Reason.ValueType  # 29
 """A frame or field is larger than the limit. RESOURCE_EXHAUSTED."""
+REASON_RESUME_LOST: Reason.ValueType  # 30
+"""The turn is known, but what came from next_index on is no longer kept: ask again as a new turn with the same seed. FAILED_PRECONDITION."""
+REASON_GRAMMAR_REFUSED: Reason.ValueType  # 31
+"""The text of the response_format cannot be turned into a grammar, or nothing satisfies it; the message says where. INVALID_ARGUMENT."""
+REASON_SESSION_EXISTS: Reason.ValueType  # 32
+"""A session of this id exists already. ALREADY_EXISTS."""
 Global___Reason: _TypeAlias = Reason  # noqa: Y015

@@ -289,6 +289,8 @@ class GenerateRequest(_message.Message):
     SPECULATION_FIELD_NUMBER: _builtins.int
     INCLUDE_ROUNDS_FIELD_NUMBER: _builtins.int
     LOGPROB_COUNT_FIELD_NUMBER: _builtins.int
+    RESPONSE_FORMAT_FIELD_NUMBER: _builtins.int
+    LINGER_MS_FIELD_NUMBER: _builtins.int
     model: _builtins.str
     """The model; empty if only one is served."""
     session_id: _builtins.str
@@ -299,6 +301,10 @@ class GenerateRequest(_message.Message):
     """True: every delta carries the rounds that committed its tokens."""
     logprob_count: _builtins.int
     """Report so many most likely tokens at each position; absent for no log-probabilities. 0 to 20."""
+    linger_ms: _builtins.int
+    """When this stream breaks the turn goes on unheard for so long, so that a `resume` can pick it up; then it is cancelled. 0: it is cancelled
+    with its stream. At most 120,000. With `resume`: the same for the new stream.
+    """
     @_builtins.property
     def chat(self) -> Global___ChatMessages:
         """Messages, rendered by the model's chat template."""
@@ -323,6 +329,10 @@ class GenerateRequest(_message.Message):
     def speculation(self) -> _generation_pb2.Speculation:
         """Whether and how deep drafts are checked."""
 
+    @_builtins.property
+    def response_format(self) -> _generation_pb2.ResponseFormat:
+        """What shape the text must have; absent for any."""
+
     def __init__(
         self,
         *,
@@ -337,10 +347,12 @@ class GenerateRequest(_message.Message):
         speculation: _generation_pb2.Speculation | None = ...,
         include_rounds: _builtins.bool = ...,
         logprob_count: _builtins.int | None = ...,
+        response_format: _generation_pb2.ResponseFormat | None = ...,
+        linger_ms: _builtins.int = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_logprob_count", b"_logprob_count", "chat", b"chat", "input", b"input", "logprob_count", b"logprob_count", "resume", b"resume", "sampling", b"sampling", "speculation", b"speculation", "stop", b"stop", "text", b"text", "tokens", b"tokens"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_logprob_count", b"_logprob_count", "chat", b"chat", "input", b"input", "logprob_count", b"logprob_count", "response_format", b"response_format", "resume", b"resume", "sampling", b"sampling", "speculation", b"speculation", "stop", b"stop", "text", b"text", "tokens", b"tokens"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_logprob_count", b"_logprob_count", "chat", b"chat", "include_rounds", b"include_rounds", "input", b"input", "logprob_count", b"logprob_count", "model", b"model", "resume", b"resume", "sampling", b"sampling", "session_id", b"session_id", "speculation", b"speculation", "stop", b"stop", "text", b"text", "tokens", b"tokens"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_logprob_count", b"_logprob_count", "chat", b"chat", "include_rounds", b"include_rounds", "input", b"input", "linger_ms", b"linger_ms", "logprob_count", b"logprob_count", "model", b"model", "response_format", b"response_format", "resume", b"resume", "sampling", b"sampling", "session_id", b"session_id", "speculation", b"speculation", "stop", b"stop", "text", b"text", "tokens", b"tokens"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__logprob_count: _TypeAlias = _typing.Literal["logprob_count"]  # noqa: Y015
     _WhichOneofArgType__logprob_count: _TypeAlias = _typing.Literal["_logprob_count", b"_logprob_count"]  # noqa: Y015
@@ -741,6 +753,45 @@ class EndSessionResponse(_message.Message):
 Global___EndSessionResponse: _TypeAlias = EndSessionResponse  # noqa: Y015
 
 @_typing.final
+class CancelTurnRequest(_message.Message):
+    """End a turn."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    TURN_ID_FIELD_NUMBER: _builtins.int
+    turn_id: _builtins.str
+    """The turn."""
+    def __init__(
+        self,
+        *,
+        turn_id: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["turn_id", b"turn_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___CancelTurnRequest: _TypeAlias = CancelTurnRequest  # noqa: Y015
+
+@_typing.final
+class CancelTurnResponse(_message.Message):
+    """The turn is ending: its stream, if anybody listens, ends with CANCELLED."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___CancelTurnResponse: _TypeAlias = CancelTurnResponse  # noqa: Y015
+
+@_typing.final
 class GetTurnRequest(_message.Message):
     """Ask for a turn."""
 
@@ -1008,6 +1059,7 @@ class Model(_message.Message):
     VERIFIER_COUNT_FIELD_NUMBER: _builtins.int
     DRAFTER_COUNT_FIELD_NUMBER: _builtins.int
     EXACT_FIELD_NUMBER: _builtins.int
+    HAS_RESPONSE_FORMAT_FIELD_NUMBER: _builtins.int
     model: _builtins.str
     """Its name."""
     context_limit: _builtins.int
@@ -1022,6 +1074,8 @@ class Model(_message.Message):
     """Drafters connected to these."""
     exact: _builtins.bool
     """True if every one of its verifiers gives bit for bit the plain output."""
+    has_response_format: _builtins.bool
+    """True if every one of its verifiers can keep to a response_format."""
     def __init__(
         self,
         *,
@@ -1032,10 +1086,11 @@ class Model(_message.Message):
         verifier_count: _builtins.int = ...,
         drafter_count: _builtins.int = ...,
         exact: _builtins.bool = ...,
+        has_response_format: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["context_limit", b"context_limit", "drafter_count", b"drafter_count", "exact", b"exact", "has_chat_template", b"has_chat_template", "model", b"model", "verifier_count", b"verifier_count", "vocab_size", b"vocab_size"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["context_limit", b"context_limit", "drafter_count", b"drafter_count", "exact", b"exact", "has_chat_template", b"has_chat_template", "has_response_format", b"has_response_format", "model", b"model", "verifier_count", b"verifier_count", "vocab_size", b"vocab_size"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

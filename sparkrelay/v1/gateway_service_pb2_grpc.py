@@ -65,6 +65,11 @@ class GatewayServiceStub:
                 request_serializer=sparkrelay_dot_v1_dot_gateway__service__pb2.EndSessionRequest.SerializeToString,
                 response_deserializer=sparkrelay_dot_v1_dot_gateway__service__pb2.EndSessionResponse.FromString,
                 _registered_method=True)
+        self.CancelTurn = channel.unary_unary(
+                '/sparkrelay.v1.GatewayService/CancelTurn',
+                request_serializer=sparkrelay_dot_v1_dot_gateway__service__pb2.CancelTurnRequest.SerializeToString,
+                response_deserializer=sparkrelay_dot_v1_dot_gateway__service__pb2.CancelTurnResponse.FromString,
+                _registered_method=True)
         self.GetTurn = channel.unary_unary(
                 '/sparkrelay.v1.GatewayService/GetTurn',
                 request_serializer=sparkrelay_dot_v1_dot_gateway__service__pb2.GetTurnRequest.SerializeToString,
@@ -106,7 +111,8 @@ class GatewayServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def Generate(self, request, context):
-        """Runs one turn, or resumes one whose stream was lost. The first event is `started`, the last `finished`. Cancelling the call cancels the turn.
+        """Runs one turn, or resumes one whose stream was lost. The first event is `started`, the last `finished`. Cancelling the call cancels
+        the turn, unless the request lets it linger.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -128,6 +134,13 @@ class GatewayServiceServicer:
 
     def EndSession(self, request, context):
         """Ends a session and frees what it holds. Ending an unknown session succeeds.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def CancelTurn(self, request, context):
+        """Ends a turn under way, also one that goes on unheard. Ending one that is over succeeds.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -193,6 +206,11 @@ def add_GatewayServiceServicer_to_server(servicer, server):
                     servicer.EndSession,
                     request_deserializer=sparkrelay_dot_v1_dot_gateway__service__pb2.EndSessionRequest.FromString,
                     response_serializer=sparkrelay_dot_v1_dot_gateway__service__pb2.EndSessionResponse.SerializeToString,
+            ),
+            'CancelTurn': grpc.unary_unary_rpc_method_handler(
+                    servicer.CancelTurn,
+                    request_deserializer=sparkrelay_dot_v1_dot_gateway__service__pb2.CancelTurnRequest.FromString,
+                    response_serializer=sparkrelay_dot_v1_dot_gateway__service__pb2.CancelTurnResponse.SerializeToString,
             ),
             'GetTurn': grpc.unary_unary_rpc_method_handler(
                     servicer.GetTurn,
@@ -378,6 +396,33 @@ class GatewayService:
             '/sparkrelay.v1.GatewayService/EndSession',
             sparkrelay_dot_v1_dot_gateway__service__pb2.EndSessionRequest.SerializeToString,
             sparkrelay_dot_v1_dot_gateway__service__pb2.EndSessionResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def CancelTurn(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/sparkrelay.v1.GatewayService/CancelTurn',
+            sparkrelay_dot_v1_dot_gateway__service__pb2.CancelTurnRequest.SerializeToString,
+            sparkrelay_dot_v1_dot_gateway__service__pb2.CancelTurnResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -38,13 +38,17 @@ class GatewayServiceStub:
     ForkSession: _grpc.UnaryUnaryMultiCallable[_gateway_service_pb2.ForkSessionRequest, _gateway_service_pb2.ForkSessionResponse]
     """Opens a session that starts with the tokens of another."""
     Generate: _grpc.UnaryStreamMultiCallable[_gateway_service_pb2.GenerateRequest, _gateway_service_pb2.GenerateResponse]
-    """Runs one turn, or resumes one whose stream was lost. The first event is `started`, the last `finished`. Cancelling the call cancels the turn."""
+    """Runs one turn, or resumes one whose stream was lost. The first event is `started`, the last `finished`. Cancelling the call cancels
+    the turn, unless the request lets it linger.
+    """
     GetSession: _grpc.UnaryUnaryMultiCallable[_gateway_service_pb2.GetSessionRequest, _gateway_service_pb2.GetSessionResponse]
     """What is known of a session."""
     ListSessions: _grpc.UnaryUnaryMultiCallable[_gateway_service_pb2.ListSessionsRequest, _gateway_service_pb2.ListSessionsResponse]
     """Sessions, newest first."""
     EndSession: _grpc.UnaryUnaryMultiCallable[_gateway_service_pb2.EndSessionRequest, _gateway_service_pb2.EndSessionResponse]
     """Ends a session and frees what it holds. Ending an unknown session succeeds."""
+    CancelTurn: _grpc.UnaryUnaryMultiCallable[_gateway_service_pb2.CancelTurnRequest, _gateway_service_pb2.CancelTurnResponse]
+    """Ends a turn under way, also one that goes on unheard. Ending one that is over succeeds."""
     GetTurn: _grpc.UnaryUnaryMultiCallable[_gateway_service_pb2.GetTurnRequest, _gateway_service_pb2.GetTurnResponse]
     """A turn that is over or under way, with its rounds."""
     ListTurns: _grpc.UnaryUnaryMultiCallable[_gateway_service_pb2.ListTurnsRequest, _gateway_service_pb2.ListTurnsResponse]
@@ -64,13 +68,17 @@ class GatewayServiceAsyncStub(GatewayServiceStub):
     ForkSession: _aio.UnaryUnaryMultiCallable[_gateway_service_pb2.ForkSessionRequest, _gateway_service_pb2.ForkSessionResponse]  # type: ignore[assignment]
     """Opens a session that starts with the tokens of another."""
     Generate: _aio.UnaryStreamMultiCallable[_gateway_service_pb2.GenerateRequest, _gateway_service_pb2.GenerateResponse]  # type: ignore[assignment]
-    """Runs one turn, or resumes one whose stream was lost. The first event is `started`, the last `finished`. Cancelling the call cancels the turn."""
+    """Runs one turn, or resumes one whose stream was lost. The first event is `started`, the last `finished`. Cancelling the call cancels
+    the turn, unless the request lets it linger.
+    """
     GetSession: _aio.UnaryUnaryMultiCallable[_gateway_service_pb2.GetSessionRequest, _gateway_service_pb2.GetSessionResponse]  # type: ignore[assignment]
     """What is known of a session."""
     ListSessions: _aio.UnaryUnaryMultiCallable[_gateway_service_pb2.ListSessionsRequest, _gateway_service_pb2.ListSessionsResponse]  # type: ignore[assignment]
     """Sessions, newest first."""
     EndSession: _aio.UnaryUnaryMultiCallable[_gateway_service_pb2.EndSessionRequest, _gateway_service_pb2.EndSessionResponse]  # type: ignore[assignment]
     """Ends a session and frees what it holds. Ending an unknown session succeeds."""
+    CancelTurn: _aio.UnaryUnaryMultiCallable[_gateway_service_pb2.CancelTurnRequest, _gateway_service_pb2.CancelTurnResponse]  # type: ignore[assignment]
+    """Ends a turn under way, also one that goes on unheard. Ending one that is over succeeds."""
     GetTurn: _aio.UnaryUnaryMultiCallable[_gateway_service_pb2.GetTurnRequest, _gateway_service_pb2.GetTurnResponse]  # type: ignore[assignment]
     """A turn that is over or under way, with its rounds."""
     ListTurns: _aio.UnaryUnaryMultiCallable[_gateway_service_pb2.ListTurnsRequest, _gateway_service_pb2.ListTurnsResponse]  # type: ignore[assignment]
@@ -105,7 +113,9 @@ class GatewayServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _gateway_service_pb2.GenerateRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_abc.Iterator[_gateway_service_pb2.GenerateResponse], _abc.AsyncIterator[_gateway_service_pb2.GenerateResponse]]:
-        """Runs one turn, or resumes one whose stream was lost. The first event is `started`, the last `finished`. Cancelling the call cancels the turn."""
+        """Runs one turn, or resumes one whose stream was lost. The first event is `started`, the last `finished`. Cancelling the call cancels
+        the turn, unless the request lets it linger.
+        """
 
     @_abc_1.abstractmethod
     def GetSession(
@@ -130,6 +140,14 @@ class GatewayServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_gateway_service_pb2.EndSessionResponse, _abc.Awaitable[_gateway_service_pb2.EndSessionResponse]]:
         """Ends a session and frees what it holds. Ending an unknown session succeeds."""
+
+    @_abc_1.abstractmethod
+    def CancelTurn(
+        self,
+        request: _gateway_service_pb2.CancelTurnRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_gateway_service_pb2.CancelTurnResponse, _abc.Awaitable[_gateway_service_pb2.CancelTurnResponse]]:
+        """Ends a turn under way, also one that goes on unheard. Ending one that is over succeeds."""
 
     @_abc_1.abstractmethod
     def GetTurn(

@@ -40,6 +40,8 @@ class VerifierServiceGenerateRequest(_message.Message):
     DRAFTER_IDS_FIELD_NUMBER: _builtins.int
     LOGPROB_COUNT_FIELD_NUMBER: _builtins.int
     NOISE_VERSION_FIELD_NUMBER: _builtins.int
+    RESPONSE_FORMAT_FIELD_NUMBER: _builtins.int
+    PREFIX_SALT_FIELD_NUMBER: _builtins.int
     session_id: _builtins.str
     """The session; opened by its first turn. 1 to 128 characters."""
     turn_id: _builtins.str
@@ -56,6 +58,8 @@ class VerifierServiceGenerateRequest(_message.Message):
     """Report so many most likely tokens at each position; absent for no log-probabilities. 0 to 20."""
     noise_version: _builtins.int
     """Version of the noise function to use. 0 means the newest."""
+    prefix_salt: _builtins.bytes
+    """Only sessions with the same salt share state computed for equal prefixes: the gateway derives it from the tenant. At most 64 bytes."""
     @_builtins.property
     def append_token_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
         """Tokens to add before generating. May be empty if keep_len is not 0."""
@@ -76,6 +80,10 @@ class VerifierServiceGenerateRequest(_message.Message):
     def drafter_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """The drafter to invite, empty for none; then others to invite if it is not connected or leaves."""
 
+    @_builtins.property
+    def response_format(self) -> _generation_pb2.ResponseFormat:
+        """What shape the output must have; absent for any."""
+
     def __init__(
         self,
         *,
@@ -91,10 +99,12 @@ class VerifierServiceGenerateRequest(_message.Message):
         drafter_ids: _abc.Iterable[_builtins.str] | None = ...,
         logprob_count: _builtins.int | None = ...,
         noise_version: _builtins.int = ...,
+        response_format: _generation_pb2.ResponseFormat | None = ...,
+        prefix_salt: _builtins.bytes = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_logprob_count", b"_logprob_count", "logprob_count", b"logprob_count", "sampling", b"sampling", "speculation", b"speculation", "stop", b"stop"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_logprob_count", b"_logprob_count", "logprob_count", b"logprob_count", "response_format", b"response_format", "sampling", b"sampling", "speculation", b"speculation", "stop", b"stop"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_logprob_count", b"_logprob_count", "append_token_ids", b"append_token_ids", "drafter_ids", b"drafter_ids", "keep_hash", b"keep_hash", "keep_len", b"keep_len", "logprob_count", b"logprob_count", "noise_version", b"noise_version", "output_start", b"output_start", "sampling", b"sampling", "session_id", b"session_id", "speculation", b"speculation", "stop", b"stop", "turn_id", b"turn_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_logprob_count", b"_logprob_count", "append_token_ids", b"append_token_ids", "drafter_ids", b"drafter_ids", "keep_hash", b"keep_hash", "keep_len", b"keep_len", "logprob_count", b"logprob_count", "noise_version", b"noise_version", "output_start", b"output_start", "prefix_salt", b"prefix_salt", "response_format", b"response_format", "sampling", b"sampling", "session_id", b"session_id", "speculation", b"speculation", "stop", b"stop", "turn_id", b"turn_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__logprob_count: _TypeAlias = _typing.Literal["logprob_count"]  # noqa: Y015
     _WhichOneofArgType__logprob_count: _TypeAlias = _typing.Literal["_logprob_count", b"_logprob_count"]  # noqa: Y015
@@ -1385,6 +1395,7 @@ class VerifierServiceDescribeResponse(_message.Message):
     BLOCK_COUNT_FIELD_NUMBER: _builtins.int
     FINGERPRINT_FIELD_NUMBER: _builtins.int
     DEPTH_POLICY_FIELD_NUMBER: _builtins.int
+    HAS_RESPONSE_FORMAT_FIELD_NUMBER: _builtins.int
     verifier_id: _builtins.str
     """Its name."""
     epoch: _builtins.str
@@ -1415,6 +1426,8 @@ class VerifierServiceDescribeResponse(_message.Message):
     """Such units there are."""
     depth_policy: _builtins.str
     """Depth policy in use: off, fixed:K, auto, ..."""
+    has_response_format: _builtins.bool
+    """True: it can keep to a response_format."""
     @_builtins.property
     def default_stop_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
         """End-of-turn ids of the model's generation config."""
@@ -1448,10 +1461,11 @@ class VerifierServiceDescribeResponse(_message.Message):
         block_count: _builtins.int = ...,
         fingerprint: Global___Fingerprint | None = ...,
         depth_policy: _builtins.str = ...,
+        has_response_format: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["fingerprint", b"fingerprint"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["block_count", b"block_count", "block_tokens", b"block_tokens", "context_limit", b"context_limit", "default_stop_ids", b"default_stop_ids", "depth_policy", b"depth_policy", "dtype", b"dtype", "epoch", b"epoch", "exact", b"exact", "exact_reason", b"exact_reason", "fingerprint", b"fingerprint", "model_id", b"model_id", "noise_versions", b"noise_versions", "numerics", b"numerics", "protocol_max", b"protocol_max", "protocol_min", b"protocol_min", "tokenizer_hash", b"tokenizer_hash", "verifier_id", b"verifier_id", "vocab_size", b"vocab_size"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["block_count", b"block_count", "block_tokens", b"block_tokens", "context_limit", b"context_limit", "default_stop_ids", b"default_stop_ids", "depth_policy", b"depth_policy", "dtype", b"dtype", "epoch", b"epoch", "exact", b"exact", "exact_reason", b"exact_reason", "fingerprint", b"fingerprint", "has_response_format", b"has_response_format", "model_id", b"model_id", "noise_versions", b"noise_versions", "numerics", b"numerics", "protocol_max", b"protocol_max", "protocol_min", b"protocol_min", "tokenizer_hash", b"tokenizer_hash", "verifier_id", b"verifier_id", "vocab_size", b"vocab_size"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -1630,6 +1644,62 @@ class DrafterStatus(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___DrafterStatus: _TypeAlias = DrafterStatus  # noqa: Y015
+
+@_typing.final
+class VerifierServiceForkSessionRequest(_message.Message):
+    """Start a session from another's tokens."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    SESSION_ID_FIELD_NUMBER: _builtins.int
+    FORK_SESSION_ID_FIELD_NUMBER: _builtins.int
+    TOKEN_COUNT_FIELD_NUMBER: _builtins.int
+    TOKEN_HASH_FIELD_NUMBER: _builtins.int
+    session_id: _builtins.str
+    """The session to start from."""
+    fork_session_id: _builtins.str
+    """The session to open; must not exist. 1 to 128 characters."""
+    token_count: _builtins.int
+    """Tokens to take over, at least 1 and at most what is committed."""
+    token_hash: _builtins.bytes
+    """Chain hash of these tokens; must match."""
+    def __init__(
+        self,
+        *,
+        session_id: _builtins.str = ...,
+        fork_session_id: _builtins.str = ...,
+        token_count: _builtins.int = ...,
+        token_hash: _builtins.bytes = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["fork_session_id", b"fork_session_id", "session_id", b"session_id", "token_count", b"token_count", "token_hash", b"token_hash"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___VerifierServiceForkSessionRequest: _TypeAlias = VerifierServiceForkSessionRequest  # noqa: Y015
+
+@_typing.final
+class VerifierServiceForkSessionResponse(_message.Message):
+    """The session is open."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    CACHED_TOKEN_COUNT_FIELD_NUMBER: _builtins.int
+    cached_token_count: _builtins.int
+    """Of its tokens, those whose state is there."""
+    def __init__(
+        self,
+        *,
+        cached_token_count: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cached_token_count", b"cached_token_count"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___VerifierServiceForkSessionResponse: _TypeAlias = VerifierServiceForkSessionResponse  # noqa: Y015
 
 @_typing.final
 class VerifierServiceEndSessionRequest(_message.Message):

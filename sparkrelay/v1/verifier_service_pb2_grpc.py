@@ -60,6 +60,11 @@ class VerifierServiceStub:
                 request_serializer=sparkrelay_dot_v1_dot_verifier__service__pb2.VerifierServiceWatchLoadRequest.SerializeToString,
                 response_deserializer=sparkrelay_dot_v1_dot_verifier__service__pb2.VerifierServiceWatchLoadResponse.FromString,
                 _registered_method=True)
+        self.ForkSession = channel.unary_unary(
+                '/sparkrelay.v1.VerifierService/ForkSession',
+                request_serializer=sparkrelay_dot_v1_dot_verifier__service__pb2.VerifierServiceForkSessionRequest.SerializeToString,
+                response_deserializer=sparkrelay_dot_v1_dot_verifier__service__pb2.VerifierServiceForkSessionResponse.FromString,
+                _registered_method=True)
         self.EndSession = channel.unary_unary(
                 '/sparkrelay.v1.VerifierService/EndSession',
                 request_serializer=sparkrelay_dot_v1_dot_verifier__service__pb2.VerifierServiceEndSessionRequest.SerializeToString,
@@ -133,6 +138,14 @@ class VerifierServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def ForkSession(self, request, context):
+        """Opens a session that starts with the tokens of another, whose state it shares as far as it is there. The other may have a turn under way:
+        committed tokens stay what they are.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def EndSession(self, request, context):
         """Forgets a session and frees what it holds. A turn under way is cancelled. Ending an unknown session succeeds.
         """
@@ -167,6 +180,11 @@ def add_VerifierServiceServicer_to_server(servicer, server):
                     servicer.WatchLoad,
                     request_deserializer=sparkrelay_dot_v1_dot_verifier__service__pb2.VerifierServiceWatchLoadRequest.FromString,
                     response_serializer=sparkrelay_dot_v1_dot_verifier__service__pb2.VerifierServiceWatchLoadResponse.SerializeToString,
+            ),
+            'ForkSession': grpc.unary_unary_rpc_method_handler(
+                    servicer.ForkSession,
+                    request_deserializer=sparkrelay_dot_v1_dot_verifier__service__pb2.VerifierServiceForkSessionRequest.FromString,
+                    response_serializer=sparkrelay_dot_v1_dot_verifier__service__pb2.VerifierServiceForkSessionResponse.SerializeToString,
             ),
             'EndSession': grpc.unary_unary_rpc_method_handler(
                     servicer.EndSession,
@@ -310,6 +328,33 @@ class VerifierService:
             '/sparkrelay.v1.VerifierService/WatchLoad',
             sparkrelay_dot_v1_dot_verifier__service__pb2.VerifierServiceWatchLoadRequest.SerializeToString,
             sparkrelay_dot_v1_dot_verifier__service__pb2.VerifierServiceWatchLoadResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ForkSession(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/sparkrelay.v1.VerifierService/ForkSession',
+            sparkrelay_dot_v1_dot_verifier__service__pb2.VerifierServiceForkSessionRequest.SerializeToString,
+            sparkrelay_dot_v1_dot_verifier__service__pb2.VerifierServiceForkSessionResponse.FromString,
             options,
             channel_credentials,
             insecure,

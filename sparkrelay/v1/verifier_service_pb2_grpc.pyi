@@ -73,6 +73,10 @@ class VerifierServiceStub:
     """What this verifier is: model, limits, numerics class, fingerprint."""
     WatchLoad: _grpc.UnaryStreamMultiCallable[_verifier_service_pb2.VerifierServiceWatchLoadRequest, _verifier_service_pb2.VerifierServiceWatchLoadResponse]
     """What it is doing: one report at once, then one a second or when drafters come and go. Ends when the caller cancels."""
+    ForkSession: _grpc.UnaryUnaryMultiCallable[_verifier_service_pb2.VerifierServiceForkSessionRequest, _verifier_service_pb2.VerifierServiceForkSessionResponse]
+    """Opens a session that starts with the tokens of another, whose state it shares as far as it is there. The other may have a turn under way:
+    committed tokens stay what they are.
+    """
     EndSession: _grpc.UnaryUnaryMultiCallable[_verifier_service_pb2.VerifierServiceEndSessionRequest, _verifier_service_pb2.VerifierServiceEndSessionResponse]
     """Forgets a session and frees what it holds. A turn under way is cancelled. Ending an unknown session succeeds."""
 
@@ -121,6 +125,10 @@ class VerifierServiceAsyncStub(VerifierServiceStub):
     """What this verifier is: model, limits, numerics class, fingerprint."""
     WatchLoad: _aio.UnaryStreamMultiCallable[_verifier_service_pb2.VerifierServiceWatchLoadRequest, _verifier_service_pb2.VerifierServiceWatchLoadResponse]  # type: ignore[assignment]
     """What it is doing: one report at once, then one a second or when drafters come and go. Ends when the caller cancels."""
+    ForkSession: _aio.UnaryUnaryMultiCallable[_verifier_service_pb2.VerifierServiceForkSessionRequest, _verifier_service_pb2.VerifierServiceForkSessionResponse]  # type: ignore[assignment]
+    """Opens a session that starts with the tokens of another, whose state it shares as far as it is there. The other may have a turn under way:
+    committed tokens stay what they are.
+    """
     EndSession: _aio.UnaryUnaryMultiCallable[_verifier_service_pb2.VerifierServiceEndSessionRequest, _verifier_service_pb2.VerifierServiceEndSessionResponse]  # type: ignore[assignment]
     """Forgets a session and frees what it holds. A turn under way is cancelled. Ending an unknown session succeeds."""
 
@@ -196,6 +204,16 @@ class VerifierServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_abc.Iterator[_verifier_service_pb2.VerifierServiceWatchLoadResponse], _abc.AsyncIterator[_verifier_service_pb2.VerifierServiceWatchLoadResponse]]:
         """What it is doing: one report at once, then one a second or when drafters come and go. Ends when the caller cancels."""
+
+    @_abc_1.abstractmethod
+    def ForkSession(
+        self,
+        request: _verifier_service_pb2.VerifierServiceForkSessionRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_verifier_service_pb2.VerifierServiceForkSessionResponse, _abc.Awaitable[_verifier_service_pb2.VerifierServiceForkSessionResponse]]:
+        """Opens a session that starts with the tokens of another, whose state it shares as far as it is there. The other may have a turn under way:
+        committed tokens stay what they are.
+        """
 
     @_abc_1.abstractmethod
     def EndSession(
