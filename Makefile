@@ -33,6 +33,7 @@ format: setup-dev
 	@$(BIN)/ruff check --fix-only --quiet .
 	@$(BIN)/ruff format .
 	@$(BIN)/python tools/readme_tree.py
+	@$(BIN)/python tools/errors_doc.py
 
 protos: setup-dev
 	@$(BIN)/python tools/make_stubs.py

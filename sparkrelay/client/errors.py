@@ -94,6 +94,9 @@ _CLASS_OF: dict[Reason, type[SparkRelayError]] = {
     Reason.MODEL_NOT_FOUND: NotFound,
     Reason.SESSION_NOT_FOUND: NotFound,
     Reason.TURN_NOT_FOUND: NotFound,
+    Reason.RESUME_LOST: NotFound,
+    Reason.SESSION_ENDED: NotFound,
+    Reason.SESSION_EXISTS: InvalidRequest,
     Reason.SESSION_BUSY: SessionBusy,
     Reason.UNAUTHENTICATED: Unauthenticated,
     Reason.OVERLOADED: Overloaded,
@@ -118,10 +121,15 @@ _CLASS_OF_STATUS: dict[grpc.StatusCode, type[SparkRelayError]] = {
 }
 
 
+def class_of(reason: Reason, status: grpc.StatusCode) -> type[SparkRelayError]:
+    """The exception for a reason; its status decides where we know nothing better."""
+    return _CLASS_OF.get(reason) or _CLASS_OF_STATUS.get(status, InternalError)
+
+
 def error_of(failure: grpc.RpcError, address: str) -> SparkRelayError:
     """The error for a failed call to the gateway at `address`."""
     refusal = refusal_of(failure)
-    kind = _CLASS_OF.get(refusal.reason) or _CLASS_OF_STATUS.get(status_of(failure), InternalError)
+    kind = class_of(refusal.reason, status_of(failure))
     message = refusal.message
     if was_never_sent(failure):
         message = f"No gateway answers at {address}. Start one with `sparkrelay up`, or name another address."
