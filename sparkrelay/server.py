@@ -30,6 +30,7 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
 from sparkrelay.runtime import write_json
+from sparkrelay.wire import RefuseUnreadable
 
 log = structlog.get_logger(__name__)
 
@@ -47,6 +48,9 @@ SERVER_OPTIONS: tuple[tuple[str, Any], ...] = (
     ("grpc.keepalive_permit_without_calls", 1),
     ("grpc.http2.min_recv_ping_interval_without_data_ms", 5_000),
 )
+
+# What every server of ours does to a call before a servicer sees it.
+SERVER_INTERCEPTORS = (RefuseUnreadable(),)
 
 # For every channel to one of our services: pings often enough to notice a dead peer, never more often than the server allows.
 CHANNEL_OPTIONS: tuple[tuple[str, Any], ...] = (
@@ -181,7 +185,7 @@ def _serve_on(
     settings: ServerSettings, add_services: Callable[[grpc.aio.Server], None], reflection_names: Sequence[str]
 ) -> tuple[grpc.aio.Server, str]:
     host, port = check_address("listen", settings.listen, settings.insecure)
-    server = grpc.aio.server(options=SERVER_OPTIONS)
+    server = grpc.aio.server(options=SERVER_OPTIONS, interceptors=SERVER_INTERCEPTORS)
     add_services(server)
     reflection.enable_server_reflection((*reflection_names, reflection.SERVICE_NAME), server)
     bound = _bind(server, "listen", host, port)

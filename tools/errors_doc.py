@@ -69,24 +69,24 @@ def document(proto: str) -> str:
 
 <!-- tools/errors_doc.py writes this file from the comments in protos/sparkrelay/v1/errors.proto; `make format` runs it. -->
 
-Every refusal is a gRPC status with `google.rpc` details: `ErrorInfo` (the reason's name, domain `sparkrelay`, in its metadata
-`trace_id`, and `turn_id` where there is a turn), `BadRequest` (which field, what is wrong with it, what to send instead),
-`RetryInfo` (when to try again, where that can help). The message says the same in words: what was asked, the limit, the next step.
-It has at most {MESSAGE_LIMIT} characters, and at most {VIOLATION_LIMIT} fields are named, so that the details fit into gRPC's
-trailing metadata.
+Every refusal is a gRPC status with `google.rpc` details: `ErrorInfo` (the reason's name, domain `sparkrelay`, in its
+metadata `trace_id`, and `turn_id` where there is a turn), `BadRequest` (which field, what is wrong with it, what to send
+instead), `RetryInfo` (when to try again, where that can help). The message says the same in words: what was asked, the
+limit, the next step. It has at most {MESSAGE_LIMIT} characters, and at most {VIOLATION_LIMIT} fields are named, so that the
+details fit into gRPC's trailing metadata.
 
-In Python the exception is a `sparkrelay.client.SparkRelayError` with `reason`, `message`, `violations`, `turn_id`, `trace_id`, and
-`retry_after` where it is `Overloaded`. The turn id finds the turn (`GetTurn`, and the log lines of gateway and verifier), the trace
-id the whole trace.
+In Python the exception is a `sparkrelay.client.SparkRelayError` with `reason`, `message`, `violations`, `turn_id`,
+`trace_id`, and `retry_after` where it is `Overloaded`. The turn id finds the turn (`GetTurn`, and the log lines of gateway
+and verifier), the trace id the whole trace.
 
 ## What a caller can get
 | reason | status | exception | what happened | next step |
 |---|---|---|---|---|
 {ours}
 
-Bytes that are no message of the call, text that is not UTF-8 among them, are `INVALID_FIELD` of `request`. A status without these
-details comes from gRPC itself or from a proxy: a message over 4 MiB is RESOURCE_EXHAUSTED (`TOO_LARGE` in Python), and a port where
-nobody listens is UNAVAILABLE.
+Bytes that are no message of the call, text that is not UTF-8 among them, are `INVALID_FIELD` of `request`. A status without
+these details comes from gRPC itself or from a proxy: a message over 4 MiB is RESOURCE_EXHAUSTED (`TOO_LARGE` in Python),
+and a port where nobody listens is UNAVAILABLE.
 
 ## What a drafter and its verifier tell each other
 As the status of a stream that ends, or as `left` and `leave` when only one membership does. No caller gets them; `ListWorkers`

@@ -92,6 +92,15 @@ class GatewayServicer(gateway_grpc.GatewayServiceServicer):
         return gateway_pb.EndSessionResponse()
 
     @answering
+    async def CancelTurn(
+        self, request: gateway_pb.CancelTurnRequest, context: Any
+    ) -> gateway_pb.CancelTurnResponse:
+        raise Refusal(
+            Reason.NOT_IMPLEMENTED,
+            "Turns cannot be cancelled by their id in this version. Cancel the call that runs the turn, or end its session.",
+        )
+
+    @answering
     async def GetTurn(self, request: gateway_pb.GetTurnRequest, context: Any) -> gateway_pb.GetTurnResponse:
         record = self._desk.turns.get(check_id("turn_id", request.turn_id))
         return gateway_pb.GetTurnResponse(turn=translate.turn_pb(record, with_rounds=True))

@@ -7,10 +7,13 @@ Decoding raises `Refusal` and nothing else; encoding a frame of ours cannot fail
 from sparkrelay.wire.commits import Commit, commits
 from sparkrelay.wire.feed import feed_request, feed_request_pb, feed_response, feed_response_pb
 from sparkrelay.wire.speculate import drafter_frame, drafter_frame_pb, verifier_frame, verifier_frame_pb
+from sparkrelay.wire.unreadable import RefuseUnreadable, Unreadable, readable
 from sparkrelay.wire.values import fingerprint, fingerprint_pb, sampling, sampling_pb, tensor, tensor_pb
 
 __all__ = [
     "Commit",
+    "RefuseUnreadable",
+    "Unreadable",
     "commits",
     "drafter_frame",
     "drafter_frame_pb",
@@ -20,6 +23,7 @@ __all__ = [
     "feed_response_pb",
     "fingerprint",
     "fingerprint_pb",
+    "readable",
     "sampling",
     "sampling_pb",
     "tensor",

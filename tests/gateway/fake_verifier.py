@@ -22,7 +22,7 @@ from gateway.settings import GatewaySettings
 from sparkrelay.errors import abort
 from sparkrelay.outcomes import Reason, Refusal
 from sparkrelay.protocol import chain_hash
-from sparkrelay.server import SERVER_OPTIONS
+from sparkrelay.server import SERVER_INTERCEPTORS, SERVER_OPTIONS
 from sparkrelay.v1 import admin_service_pb2_grpc as admin_grpc
 from sparkrelay.v1 import gateway_service_pb2_grpc as gateway_grpc
 from sparkrelay.v1 import generation_pb2 as generation_pb
@@ -267,7 +267,7 @@ async def running(
     addresses = ",".join(verifier.address for verifier in verifiers)
     values = {"verifiers": addresses, "backoff_min_ms": 20, "backoff_max_ms": 100} | settings
     desk = FrontDesk(GatewaySettings(**values), outside, on_ready=lambda ready: bell.ring())
-    server = grpc.aio.server(options=SERVER_OPTIONS)
+    server = grpc.aio.server(options=SERVER_OPTIONS, interceptors=SERVER_INTERCEPTORS)
     gateway_grpc.add_GatewayServiceServicer_to_server(GatewayServicer(desk), server)
     admin_grpc.add_AdminServiceServicer_to_server(AdminServicer(desk), server)
     port = server.add_insecure_port("127.0.0.1:0")

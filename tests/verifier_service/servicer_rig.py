@@ -36,6 +36,7 @@ from sparkrelay.protocol import (
     chain_hash,
 )
 from sparkrelay.sampling import Sampling
+from sparkrelay.server import SERVER_INTERCEPTORS, SERVER_OPTIONS
 from sparkrelay.v1 import verifier_service_pb2 as pb2
 from sparkrelay.v1 import verifier_service_pb2_grpc
 from sparkrelay.wire import drafter_frame_pb, feed_request_pb, feed_response, sampling_pb, verifier_frame
@@ -121,7 +122,7 @@ async def rig(
         link_settings=replace(identity.link_settings, **link),
     )
     servicers.append(servicer)
-    server = grpc.aio.server()
+    server = grpc.aio.server(options=SERVER_OPTIONS, interceptors=SERVER_INTERCEPTORS)
     verifier_service_pb2_grpc.add_VerifierServiceServicer_to_server(servicer, server)
     port = server.add_insecure_port("127.0.0.1:0")
     thread.start()

@@ -167,6 +167,12 @@ class VerifierServicer(verifier_service_pb2_grpc.VerifierServiceServicer):
         finally:
             self._hub.unwatch(watched)
 
+    async def ForkSession(
+        self, request: pb2.VerifierServiceForkSessionRequest, context: grpc.aio.ServicerContext[Any, Any]
+    ) -> pb2.VerifierServiceForkSessionResponse:
+        message = "sessions cannot be forked in this version; send the whole conversation to a new one"
+        await abort(context, Refusal(Reason.NOT_IMPLEMENTED, message))
+
     async def EndSession(
         self, request: pb2.VerifierServiceEndSessionRequest, context: grpc.aio.ServicerContext[Any, Any]
     ) -> pb2.VerifierServiceEndSessionResponse:

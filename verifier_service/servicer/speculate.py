@@ -13,7 +13,14 @@ from sparkrelay.frames import FeedAttach
 from sparkrelay.outcomes import Reason, Refusal
 from sparkrelay.protocol import RemoteProtocolError
 from sparkrelay.v1 import verifier_service_pb2 as pb2
-from sparkrelay.wire import drafter_frame, feed_request, feed_response_pb, verifier_frame_pb
+from sparkrelay.wire import (
+    Unreadable,
+    drafter_frame,
+    feed_request,
+    feed_response_pb,
+    readable,
+    verifier_frame_pb,
+)
 from verifier_service.servicer.drafter_link import DrafterLink
 from verifier_service.servicer.hub import Hub
 
@@ -66,17 +73,18 @@ async def _read(link: DrafterLink, requests: AsyncIterator[pb2.SpeculateRequest]
         if link.ended:
             return  # this drafter is known by another stream already, or by none
         try:
-            frame = drafter_frame(request)
+            frame = drafter_frame(readable(request))
         except Refusal as refusal:
             _unreadable(link, request, refusal)
             continue
         link.hear(frame)
 
 
-def _unreadable(link: DrafterLink, request: pb2.SpeculateRequest, refusal: Refusal) -> None:
+def _unreadable(link: DrafterLink, request: pb2.SpeculateRequest | Unreadable, refusal: Refusal) -> None:
     if link.hello is None:
         raise RemoteProtocolError(refusal.reason, refusal.message, violations=refusal.violations)
-    link.hear_malformed(request.blocks.handles, refusal)
+    named = () if isinstance(request, Unreadable) else request.blocks.handles
+    link.hear_malformed(named, refusal)
 
 
 async def _write(link: DrafterLink, context: Context) -> None:
@@ -101,7 +109,7 @@ async def _tick(link: DrafterLink, tick_s: float) -> None:
 
 async def _attached(hub: Hub, requests: AsyncIterator[pb2.FeedContextRequest]) -> DrafterLink:
     async for request in requests:
-        frame = feed_request(request)
+        frame = feed_request(readable(request))
         link = hub.link_of_stream(frame.stream_id) if isinstance(frame, FeedAttach) else None
         if link is None or link.ended or link.feed_attached:
             message = "the first frame must be attach with the stream_id of a welcome, once"
@@ -113,7 +121,7 @@ async def _attached(hub: Hub, requests: AsyncIterator[pb2.FeedContextRequest]) -
 
 async def _read_feed(link: DrafterLink, requests: AsyncIterator[pb2.FeedContextRequest]) -> None:
     async for request in requests:
-        frame = feed_request(request)
+        frame = feed_request(readable(request))
         if isinstance(frame, FeedAttach):
             raise Refusal(Reason.PROTOCOL_VIOLATION, "attach came twice")
         link.hear_feed(frame)
