@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import Field, field_validator
+from pydantic import Field, SecretStr, field_validator
 from pydantic_settings import SettingsConfigDict
 
 from sparkrelay.settings import ServiceSettings
@@ -63,6 +63,11 @@ class GatewaySettings(ServiceSettings):
     turn_rounds: int = Field(4096, ge=1, description="Rounds remembered of one turn: its first ones.")
     watcher_rounds: int = Field(
         1024, ge=1, description="Rounds that wait for a slow watcher; what comes then is skipped and counted."
+    )
+    prefix_salt_secret: SecretStr = Field(
+        SecretStr(""),
+        description="Keeps what was read for one tenant from being reused for another, or by a gateway with another secret; "
+        "gateways with the same one share. Give it by SPARKRELAY_GATEWAY_PREFIX_SALT_SECRET, not on a command line.",
     )
     connect_timeout_ms: int = Field(3000, ge=1, description="Time for a verifier's first answer.")
     silence_limit_ms: int = Field(

@@ -67,11 +67,15 @@ class EndSession:
 
 @dataclass(frozen=True, slots=True)
 class ForkSession:
-    """Opens a session that begins with the first `at_len` committed tokens of another, which may have a turn under way."""
+    """Opens a session that begins with the first `at_len` committed tokens of another, which may have a turn under way.
+
+    at_hash  chain hash that these tokens must have; None if the caller knows that nobody has rewound them
+    """
 
     session_id: str
     new_session_id: str
     at_len: int
+    at_hash: bytes | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -219,7 +223,7 @@ class SessionForked:
 
 @dataclass(frozen=True, slots=True)
 class ForkRefused:
-    """See TurnRefused."""
+    """See TurnRefused. field: that of VerifierServiceForkSessionRequest."""
 
     session_id: str
     new_session_id: str

@@ -20,8 +20,8 @@ def fork_session(command: ForkSession, sessions: Sessions, retry_after_ms: int, 
         message = "is not known here; open a new session and send the whole conversation"
         events.append(ForkRefused(*names, Reason.SESSION_NOT_FOUND, message, "session_id"))
     elif (fault := _fault_of(command, source, sessions)) is not None:
-        field, message = fault
-        events.append(ForkRefused(*names, Reason.INVALID_FIELD, message, field))
+        reason, field, message = fault
+        events.append(ForkRefused(*names, reason, message, field))
     elif not sessions.may_open(spared=source):
         message = "all other sessions have a turn under way, and no more can be opened; try again later"
         events.append(ForkRefused(*names, Reason.OVERLOADED, message, retry_after_ms=retry_after_ms))
@@ -30,13 +30,19 @@ def fork_session(command: ForkSession, sessions: Sessions, retry_after_ms: int, 
         events.append(SessionForked(*names, fork.base_len, fork.state_len))
 
 
-def _fault_of(command: ForkSession, source: Sequence, sessions: Sessions) -> tuple[str, str] | None:
-    """The field at fault and what is wrong with it."""
+def _fault_of(command: ForkSession, source: Sequence, sessions: Sessions) -> tuple[Reason, str, str] | None:
+    """Why these tokens cannot become a session of this id: the reason, the field at fault and what is wrong with it."""
     if sessions.get(command.new_session_id) is not None:
-        return "new_session_id", "is the id of a session already; choose another"
+        return Reason.SESSION_EXISTS, "fork_session_id", "is the id of a session already; choose another"
     if not 0 < command.at_len <= source.base_len:
-        return (
-            "at_len",
-            f"is {command.at_len}; the session has {source.base_len} tokens to take over, at least 1",
+        message = (
+            f"is {command.at_len}; the session has {source.base_len} tokens: send 1 to {source.base_len}"
         )
+        return Reason.INVALID_FIELD, "token_count", message
+    if command.at_hash is not None and not source.has_prefix(command.at_len, command.at_hash):
+        message = (
+            f"the session's first {command.at_len} tokens of {source.base_len} are others; "
+            "open a new session and send the whole conversation"
+        )
+        return Reason.PREFIX_MISMATCH, "token_hash", message
     return None

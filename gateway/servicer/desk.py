@@ -13,6 +13,7 @@ import structlog
 
 from gateway.sessions import Session, SessionTable
 from gateway.settings import GatewaySettings
+from gateway.tenants import prefix_salt
 from gateway.texts import ModelText, load_text
 from gateway.turns import RecentTurns
 from gateway.validation import ModelLimits
@@ -164,6 +165,10 @@ class FrontDesk:
         """How to speak to a model that is served, in text."""
         hosts = self.pool.descriptions().get(model, [])
         return self._texts[model, hosts[0].tokenizer_hash] if hosts else ModelText(reason=f"{model} is away")
+
+    def prefix_salt(self, tenant: str) -> bytes:
+        """What a verifier is told of whose request it is."""
+        return prefix_salt(self.settings.prefix_salt_secret.get_secret_value(), tenant)
 
     def open_session(self, model: str, *, idle_limit_us: int = 0, temporary: bool = False) -> Session:
         """A new session; those that go for it are freed. Raises Refusal if there is no room."""

@@ -11,7 +11,9 @@ import grpc.aio
 from gateway.servicer import translate
 from gateway.servicer.answers import answering, fail, refuse
 from gateway.servicer.desk import FrontDesk
+from gateway.servicer.fork import fork_session
 from gateway.servicer.turn import TurnRun
+from gateway.tenants import tenant_of
 from gateway.validation import check_id, invalid
 from sparkrelay.outcomes import Reason, Refusal
 from sparkrelay.telemetry import from_metadata, new_trace_context
@@ -32,7 +34,7 @@ class GatewayServicer(gateway_grpc.GatewayServiceServicer):
     ) -> AsyncGenerator[gateway_pb.GenerateResponse, None]:
         outside = self._desk.outside
         trace = from_metadata(context.invocation_metadata()) or new_trace_context(outside.random_bytes)
-        run = TurnRun(self._desk, request, trace, context.time_remaining)
+        run = TurnRun(self._desk, request, trace, context.time_remaining, tenant_of(context))
         try:
             async with aclosing(run.responses()) as responses:
                 async for response in responses:
@@ -61,10 +63,8 @@ class GatewayServicer(gateway_grpc.GatewayServiceServicer):
     async def ForkSession(
         self, request: gateway_pb.ForkSessionRequest, context: Any
     ) -> gateway_pb.ForkSessionResponse:
-        raise Refusal(
-            Reason.NOT_IMPLEMENTED,
-            "Sessions cannot be forked in this version. Open one with CreateSession and send the conversation up to there.",
-        )
+        session = await fork_session(self._desk, request, context.time_remaining())
+        return gateway_pb.ForkSessionResponse(session=translate.session_pb(session))
 
     @answering
     async def GetSession(

@@ -56,18 +56,25 @@ class TurnRun:
     """A Generate call. `responses` is its stream; the ids are known before anything can fail.
 
     time_left  seconds of the caller's deadline that are left, None without one
+    tenant     who asks
     """
 
     def __init__(
-        self, desk: FrontDesk, request: gateway_pb.GenerateRequest, trace: TraceContext, time_left: TimeLeft
+        self,
+        desk: FrontDesk,
+        request: gateway_pb.GenerateRequest,
+        trace: TraceContext,
+        time_left: TimeLeft,
+        tenant: str = "",
     ) -> None:
         self.turn_id = desk.new_id("turn")
         self.trace = trace
         self._desk = desk
         self._request = request
         self._time_left = time_left
+        self._tenant = tenant
         self._arrived_us = desk.outside.clock_us()
-        self._handed_us = self._accepted_us = self._first_token_us = 0
+        self._handed_us = self._accepted_us = self._first_token_us = self._cached_count = 0
         self._started: verifier_pb.VerifierTurnStarted | None = None
         self._cancelled = False
 
@@ -175,7 +182,8 @@ class TurnRun:
         """One attempt at one verifier."""
         desk, turn, output = self._desk, job.turn, job.output
         worker = desk.pool.worker(placement.binding.address)
-        command = TurnCommand(job.session.session_id, self.turn_id, plan, turn, placement.drafter_ids)
+        session_id, salt = job.session.session_id, desk.prefix_salt(self._tenant)
+        command = TurnCommand(session_id, self.turn_id, plan, turn, placement.drafter_ids, salt)
         timeout_s = self._time_left()
         if timeout_s is not None and timeout_s <= 0:
             raise Refusal(
@@ -203,12 +211,16 @@ class TurnRun:
         last = output.take(final=True)
         if last is not None:
             yield translate.delta_pb(last)
+        if finished is not None:
+            # As it was when the prompt was read, which may be later than its acceptance.
+            self._cached_count = finished.usage.cached_token_count
         summary = self._summary(job, _finish_reason(job, finished))
         desk.turns.finish(job.record, summary)
         yield Response(finished=translate.finished_pb(summary))
 
     def _accept(self, job: Job, placement: Placement, started: verifier_pb.VerifierTurnStarted) -> None:
         self._started = started
+        self._cached_count = started.cached_token_count
         self._accepted_us = self._desk.outside.clock_us()
         job.session.turn_accepted(job.turn.prompt_ids)
         job.session.drafter_id = placement.drafter_ids[0] if placement.drafter_ids else ""
@@ -237,7 +249,7 @@ class TurnRun:
             stop_string=output.match.string if output.match else "",
             usage=Usage(
                 prompt_token_count=started.prompt_token_count if started else 0,
-                cached_token_count=started.cached_token_count if started else 0,
+                cached_token_count=self._cached_count,
                 output_token_count=output.committed_count,
                 discarded_token_count=output.discarded_count,
             ),

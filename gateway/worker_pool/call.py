@@ -30,6 +30,7 @@ class TurnCommand:
     plan: TurnPlan
     turn: ValidTurn
     drafter_ids: tuple[str, ...]
+    prefix_salt: bytes = b""
 
     def to_pb(self) -> verifier_pb.VerifierServiceGenerateRequest:
         turn = self.turn
@@ -49,6 +50,7 @@ class TurnCommand:
             speculation=_speculation_pb(turn),
             drafter_ids=self.drafter_ids,
             logprob_count=turn.logprob_count,
+            prefix_salt=self.prefix_salt,
         )
 
 

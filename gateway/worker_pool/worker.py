@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections import Counter
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
@@ -14,8 +14,9 @@ import grpc.aio
 import structlog
 
 from gateway.placement import DrafterView, WorkerState, WorkerView
-from gateway.worker_pool.call import TurnCommand, VerifierCall, lost
+from gateway.worker_pool.call import TurnCommand, VerifierCall, failure_of, lost
 from sparkrelay.outcomes import Refusal
+from sparkrelay.protocol import chain_hash
 from sparkrelay.server import CHANNEL_OPTIONS
 from sparkrelay.v1 import verifier_service_pb2 as verifier_pb
 from sparkrelay.v1 import verifier_service_pb2_grpc as verifier_grpc
@@ -150,6 +151,22 @@ class VerifierWorker:
         finally:
             self._calls.discard(call)
             call.cancel()
+
+    async def fork_session(
+        self, session_id: str, fork_session_id: str, tokens: Sequence[int], timeout_s: float
+    ) -> int:
+        """Opens a session with these first tokens of another; returns how many of them have state. Raises Refusal."""
+        request = verifier_pb.VerifierServiceForkSessionRequest(
+            session_id=session_id,
+            fork_session_id=fork_session_id,
+            token_count=len(tokens),
+            token_hash=chain_hash(tokens),
+        )
+        try:
+            answer = await self._stub.ForkSession(request, timeout=timeout_s)
+        except grpc.aio.AioRpcError as error:
+            raise failure_of(error, self.address) from error
+        return int(answer.cached_token_count)
 
     async def end_session(self, session_id: str) -> None:
         """Frees what the verifier holds of a session; a verifier that cannot be reached has forgotten it or will."""

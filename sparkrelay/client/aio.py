@@ -138,6 +138,13 @@ class AsyncSession:
         """What the gateway knows of it."""
         return await self._client.get_session(self.session_id)
 
+    async def fork(self, token_count: int = 0) -> AsyncSession:
+        """A new session that begins with the first `token_count` tokens of this one, 0 for all, and shares what was computed.
+
+        A turn of this one may be under way.
+        """
+        return await self._client.fork_session(self.session_id, token_count)
+
     async def end(self) -> None:
         """Frees what it holds; ending twice is no error."""
         await self._client.end_session(self.session_id)
@@ -190,6 +197,12 @@ class AsyncClient:
         """The newest sessions first, at most `limit` (1 to 1000)."""
         answer = await self._ask(self._gateway.ListSessions, gateway_pb.ListSessionsRequest(page_size=limit))
         return [translate.session(each) for each in answer.sessions]
+
+    async def fork_session(self, session_id: str, token_count: int = 0) -> AsyncSession:
+        """Opens a session that begins with the first `token_count` tokens of another; 0 takes all. Raises NotFound."""
+        request = gateway_pb.ForkSessionRequest(session_id=session_id, token_count=token_count)
+        answer = await self._ask(self._gateway.ForkSession, request, is_read=False)
+        return AsyncSession(self, translate.session(answer.session))
 
     async def end_session(self, session_id: str) -> None:
         """Ends a session; an unknown one is no error."""

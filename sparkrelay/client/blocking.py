@@ -116,6 +116,13 @@ class Session:
         """What the gateway knows of it."""
         return self._client.get_session(self.session_id)
 
+    def fork(self, token_count: int = 0) -> Session:
+        """A new session that begins with the first `token_count` tokens of this one, 0 for all, and shares what was computed.
+
+        A turn of this one may be under way.
+        """
+        return self._client.fork_session(self.session_id, token_count)
+
     def end(self) -> None:
         """Frees what it holds; ending twice is no error."""
         self._client.end_session(self.session_id)
@@ -168,6 +175,12 @@ class Client:
         """The newest sessions first, at most `limit` (1 to 1000)."""
         answer = self._ask(self._gateway.ListSessions, gateway_pb.ListSessionsRequest(page_size=limit))
         return [translate.session(each) for each in answer.sessions]
+
+    def fork_session(self, session_id: str, token_count: int = 0) -> Session:
+        """Opens a session that begins with the first `token_count` tokens of another; 0 takes all. Raises NotFound."""
+        request = gateway_pb.ForkSessionRequest(session_id=session_id, token_count=token_count)
+        answer = self._ask(self._gateway.ForkSession, request, is_read=False)
+        return Session(self, translate.session(answer.session))
 
     def end_session(self, session_id: str) -> None:
         """Ends a session; an unknown one is no error."""

@@ -68,7 +68,10 @@ class Bell:
 
 @dataclass
 class FakeVerifier(verifier_grpc.VerifierServiceServicer):
-    """hold_after: a turn stops after so many tokens until `go_on` is set. round_size: tokens of a commit."""
+    """hold_after: a turn stops after so many tokens until `go_on` is set. round_size: tokens of a commit.
+
+    found_later: prompt tokens that others have read between the acceptance of a turn and its first step
+    """
 
     bell: Bell
     name: str = "fake"
@@ -80,9 +83,12 @@ class FakeVerifier(verifier_grpc.VerifierServiceServicer):
     rule: Callable[[Sequence[int]], int] = next_token
     refusals: list[Refusal] = field(default_factory=list)
     hold_after: int | None = None
+    found_later: int = 0
     drafters: list[verifier_pb.DrafterStatus] = field(default_factory=list)
     sessions: dict[str, list[int]] = field(default_factory=dict)
     requests: list[verifier_pb.VerifierServiceGenerateRequest] = field(default_factory=list)
+    forks: list[verifier_pb.VerifierServiceForkSessionRequest] = field(default_factory=list)
+    hold_forks: bool = False
     metadata: list[dict[str, Any]] = field(default_factory=list)
     times_left: list[float | None] = field(default_factory=list)
     cancelled: list[str] = field(default_factory=list)
@@ -151,7 +157,11 @@ class FakeVerifier(verifier_grpc.VerifierServiceServicer):
                 break
             await asyncio.sleep(0)
         yield Event(
-            finished=verifier_pb.VerifierTurnFinished(finish_reason=reason, session_token_count=len(tokens))
+            finished=verifier_pb.VerifierTurnFinished(
+                finish_reason=reason,
+                usage=generation_pb.Usage(cached_token_count=request.keep_len + self.found_later),
+                session_token_count=len(tokens),
+            )
         )
 
     def _started(self, request: Any, token_count: int) -> Event:
@@ -218,6 +228,20 @@ class FakeVerifier(verifier_grpc.VerifierServiceServicer):
                 await asyncio.wait_for(self.report_now.wait(), 0.1)
             except TimeoutError:
                 continue
+
+    async def ForkSession(self, request: Any, context: Any) -> verifier_pb.VerifierServiceForkSessionResponse:
+        self.forks.append(request)
+        self.times_left.append(context.time_remaining())
+        self.bell.ring()
+        if self.hold_forks:
+            await self.go_on.wait()
+        if self.refusals:
+            await abort(context, self.refusals.pop(0))
+        ids = self.sessions.get(request.session_id, [])[: request.token_count]
+        if len(ids) < request.token_count or request.token_hash != chain_hash(ids):
+            await abort(context, Refusal(Reason.PREFIX_MISMATCH, "other tokens are held here"))
+        self.sessions[request.fork_session_id] = ids
+        return verifier_pb.VerifierServiceForkSessionResponse(cached_token_count=len(ids) - 1)
 
     async def EndSession(self, request: Any, context: Any) -> verifier_pb.VerifierServiceEndSessionResponse:
         self.sessions.pop(request.session_id, None)

@@ -22,7 +22,7 @@ PROMPT = (5, 9, 11)
 
 
 async def test_a_turn_begins_with_its_ids_streams_tokens_in_order_and_ends_with_its_sums() -> None:
-    async with running() as stack, sparkrelay.aio.connect(stack.address) as client:
+    async with running({"found_later": 2}) as stack, sparkrelay.aio.connect(stack.address) as client:
         async with client.generate_stream(token_ids=PROMPT, max_tokens=8, include_rounds=True) as stream:
             started = stream.started
             deltas = [delta async for delta in stream]
@@ -36,6 +36,7 @@ async def test_a_turn_begins_with_its_ids_streams_tokens_in_order_and_ends_with_
         )
         assert len(whole.trace_id) == 32
         assert whole.finish_reason == "length"
+        assert (started.cached_token_count, whole.usage.cached) == (0, 2), "what it was when it was read"
         assert (whole.usage.prompt, whole.usage.output, whole.usage.discarded) == (3, 8, 0)
         assert [report.index for report in whole.rounds] == [0, 1, 2]
         assert (whole.totals.rounds, whole.totals.drafted, whole.totals.verified) == (3, 12, 9)
@@ -310,10 +311,6 @@ async def test_rounds_can_be_watched_as_they_happen() -> None:
 
 async def test_calls_of_later_versions_say_what_to_use_instead() -> None:
     async with running() as stack, sparkrelay.aio.connect(stack.address) as client:
-        with pytest.raises(grpc.aio.AioRpcError) as fork:
-            await client._gateway.ForkSession(gateway_pb.ForkSessionRequest(session_id="s"))
-        assert fork.value.code() is grpc.StatusCode.UNIMPLEMENTED
-        assert refusal_of(fork.value).reason is Reason.NOT_IMPLEMENTED
         resume = client._gateway.Generate(gateway_pb.GenerateRequest(resume=gateway_pb.Resume(turn_id="t")))
         with pytest.raises(grpc.aio.AioRpcError) as resumed:
             await resume.read()

@@ -45,6 +45,7 @@ def test_no_schedule_drafter_or_shortage_changes_a_token(part: int) -> None:
         "forked without state",
         "fork refused OVERLOADED",
         "fork refused INVALID_FIELD",
+        "fork refused SESSION_EXISTS",
         "over STOP",
         "over LENGTH",
         "over CONTEXT",

@@ -123,10 +123,12 @@ def test_the_source_is_not_forgotten_for_its_fork() -> None:
 
 REFUSALS: list[tuple[ForkSession, Reason, str, int]] = [
     (ForkSession("nobody", "fork", 3), Reason.SESSION_NOT_FOUND, "session_id", 0),
-    (ForkSession("s", "other", 3), Reason.INVALID_FIELD, "new_session_id", 0),
-    (ForkSession("s", "s", 3), Reason.INVALID_FIELD, "new_session_id", 0),
-    (ForkSession("s", "fork", 0), Reason.INVALID_FIELD, "at_len", 0),
-    (ForkSession("s", "fork", 12), Reason.INVALID_FIELD, "at_len", 0),
+    (ForkSession("s", "other", 3), Reason.SESSION_EXISTS, "fork_session_id", 0),
+    (ForkSession("s", "s", 3), Reason.SESSION_EXISTS, "fork_session_id", 0),
+    (ForkSession("s", "fork", 0), Reason.INVALID_FIELD, "token_count", 0),
+    (ForkSession("s", "fork", 12), Reason.INVALID_FIELD, "token_count", 0),
+    (ForkSession("s", "fork", 3, chain_hash((1, 2, 4))), Reason.PREFIX_MISMATCH, "token_hash", 0),
+    (ForkSession("s", "fork", 3, b""), Reason.PREFIX_MISMATCH, "token_hash", 0),
     (ForkSession("s", "fork", 3), Reason.OVERLOADED, "", 700),
 ]
 

@@ -3,6 +3,7 @@
 generate.py       one turn for the gateway          speculate.py     the two streams of a drafter
 validation.py     request in, checked command out   drafter_link.py  the same without I/O
 turn_output.py    a turn's events on their way out  hub.py           where the engine, turns and drafters meet
+forks.py          a session from another one's tokens
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from sparkrelay.errors import abort
 from sparkrelay.frames import ContextKind, Drain, Fingerprint, duration_us
 from sparkrelay.outcomes import Reason, Refusal
 from sparkrelay.protocol import BLOCK_LIMIT, PROTOCOL_MAX, PROTOCOL_MIN
+from sparkrelay.telemetry import from_metadata
 from sparkrelay.v1 import errors_pb2, verifier_service_pb2_grpc
 from sparkrelay.v1 import verifier_service_pb2 as pb2
 from sparkrelay.wire import fingerprint_pb
@@ -27,6 +29,7 @@ from verifier_service.engine import EngineLoad
 from verifier_service.events import Command
 from verifier_service.models import ModelInfo
 from verifier_service.servicer.drafter_link import LinkSettings
+from verifier_service.servicer.forks import fork_command
 from verifier_service.servicer.generate import generate
 from verifier_service.servicer.hub import Hub
 from verifier_service.servicer.speculate import feed_context, speculate
@@ -170,8 +173,16 @@ class VerifierServicer(verifier_service_pb2_grpc.VerifierServiceServicer):
     async def ForkSession(
         self, request: pb2.VerifierServiceForkSessionRequest, context: grpc.aio.ServicerContext[Any, Any]
     ) -> pb2.VerifierServiceForkSessionResponse:
-        message = "sessions cannot be forked in this version; send the whole conversation to a new one"
-        await abort(context, Refusal(Reason.NOT_IMPLEMENTED, message))
+        try:
+            command = fork_command(request)
+            if self._draining:
+                raise Refusal(Reason.DRAINING, "this verifier is draining and opens no new sessions")
+            forked = await self._hub.forks.ask(command)
+        except Refusal as refusal:
+            trace = from_metadata(context.invocation_metadata())
+            refusal.trace_id = trace.trace_id if trace is not None else ""
+            await abort(context, refusal)
+        return pb2.VerifierServiceForkSessionResponse(cached_token_count=forked.state_len)
 
     async def EndSession(
         self, request: pb2.VerifierServiceEndSessionRequest, context: grpc.aio.ServicerContext[Any, Any]

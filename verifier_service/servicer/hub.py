@@ -26,6 +26,7 @@ from verifier_service.events import (
     DrafterUnavailable,
     EndSession,
     Event,
+    ForkRefused,
     MemberAdded,
     MemberContext,
     MemberRemoved,
@@ -34,6 +35,7 @@ from verifier_service.events import (
     MemberTurnStarted,
     MemberVerdict,
     RemoveMember,
+    SessionForked,
     StartTurn,
     TurnAccepted,
     TurnEvent,
@@ -41,6 +43,7 @@ from verifier_service.events import (
     TurnRefused,
 )
 from verifier_service.servicer.drafter_link import DrafterLink, LinkSettings
+from verifier_service.servicer.forks import PendingForks
 from verifier_service.servicer.turn_output import TurnOutput
 from verifier_service.servicer.validation import NOISE_VERSION
 
@@ -77,6 +80,7 @@ class Hub:
         self._now_s = now_s
         self._new_secret = new_secret
         self._loop = asyncio.get_running_loop()
+        self.forks = PendingForks(self._loop, post)
         self._room = threading.Semaphore(STEPS_AHEAD)
         self._links: dict[int, DrafterLink] = {}
         self._link_of: dict[int, DrafterLink] = {}  # member id -> its link
@@ -84,6 +88,7 @@ class Hub:
         self._last_link_id = 0
         self._handlers: dict[type, Callable[[Any], None]] = {
             **dict.fromkeys((TurnAccepted, TurnOver, TurnRefused), self._turn_event),
+            **dict.fromkeys((SessionForked, ForkRefused), self.forks.answer),
             MemberAdded: self._member_added,
             MemberRemoved: self._member_removed,
             MemberTurnStarted: self._member_turn_started,
@@ -209,7 +214,8 @@ class Hub:
             self._post((CancelTurn(command.turn_id),))
 
     def fail_turns(self, refusal: Refusal) -> None:
-        """Ends all turns for the same reason."""
+        """Ends all turns, and forks that are asked for, for the same reason."""
+        self.forks.fail(refusal)
         for turn_id, output in self.turns.items():
             if not output.over:
                 output.fail(Refusal(refusal.reason, refusal.message))

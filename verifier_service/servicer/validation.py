@@ -18,6 +18,7 @@ LOGPROB_LIMIT = 20
 MAX_DEPTH = 15
 NOISE_VERSION = 1
 HASH_LIMIT = 64
+SALT_LIMIT = 64
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,19 +33,21 @@ def turn_request(
     request: pb2.VerifierServiceGenerateRequest, info: ModelInfo, received_us: int
 ) -> TurnRequest:
     """Checks everything that needs no session. Raises Refusal(INVALID_FIELD) naming the first field at fault."""
-    _check_id("session_id", request.session_id)
-    _check_id("turn_id", request.turn_id)
+    check_id("session_id", request.session_id)
+    check_id("turn_id", request.turn_id)
     _check_tokens(request, info)
     _check_stop(request.stop, info)
     if request.noise_version not in (0, NOISE_VERSION):
-        raise _invalid(
+        raise invalid(
             "noise_version", f"is {request.noise_version}; this verifier has version {NOISE_VERSION}"
         )
     if len(request.drafter_ids) > DRAFTER_LIMIT:
-        raise _invalid("drafter_ids", f"has {len(request.drafter_ids)} names; send at most {DRAFTER_LIMIT}")
+        raise invalid("drafter_ids", f"has {len(request.drafter_ids)} names; send at most {DRAFTER_LIMIT}")
+    if len(request.prefix_salt) > SALT_LIMIT:
+        raise invalid("prefix_salt", f"has {len(request.prefix_salt)} bytes; send at most {SALT_LIMIT}")
     logprob_count = request.logprob_count if request.HasField("logprob_count") else None
     if logprob_count is not None and not 0 <= logprob_count <= LOGPROB_LIMIT:
-        raise _invalid(
+        raise invalid(
             "logprob_count",
             f"is {logprob_count}; send 0 to {LOGPROB_LIMIT}, or nothing for no log-probabilities",
         )
@@ -53,9 +56,9 @@ def turn_request(
     try:
         chosen.check(info.vocab_size)
     except InvalidField as error:
-        raise _invalid(f"sampling.{error.field}", error.message) from None
+        raise invalid(f"sampling.{error.field}", error.message) from None
     if not chosen.greedy and not request.sampling.HasField("seed"):
-        raise _invalid("sampling.seed", "is absent; with a temperature above 0 the caller draws it")
+        raise invalid("sampling.seed", "is absent; with a temperature above 0 the caller draws it")
     stop_ids = set(request.stop.stop_token_ids)
     if not request.stop.ignore_default_stop_ids:
         stop_ids |= set(info.default_stop_ids)
@@ -72,6 +75,7 @@ def turn_request(
         speculation=speculation,
         logprob_count=logprob_count,
         received_us=received_us,
+        tenant_salt=request.prefix_salt,
     )
     plain = speculation.fixed_depth == 0
     return TurnRequest(command, () if plain else tuple(request.drafter_ids))
@@ -79,22 +83,28 @@ def turn_request(
 
 def check_session_id(session_id: str) -> None:
     """Raises Refusal(INVALID_FIELD)."""
-    _check_id("session_id", session_id)
+    check_id("session_id", session_id)
 
 
-def _check_id(field: str, value: str) -> None:
+def check_prefix_hash(field: str, value: bytes) -> None:
+    """Raises Refusal(INVALID_FIELD) for more bytes than a chain hash can have."""
+    if len(value) > HASH_LIMIT:
+        raise invalid(field, f"has {len(value)} bytes; it is a chain hash of 16")
+
+
+def check_id(field: str, value: str) -> None:
+    """Raises Refusal(INVALID_FIELD) for an id that is empty or too long."""
     if not 1 <= len(value) <= ID_LIMIT:
-        raise _invalid(field, f"has {len(value)} characters; send 1 to {ID_LIMIT}")
+        raise invalid(field, f"has {len(value)} characters; send 1 to {ID_LIMIT}")
 
 
 def _check_tokens(request: pb2.VerifierServiceGenerateRequest, info: ModelInfo) -> None:
     ids, length = request.append_token_ids, request.keep_len + len(request.append_token_ids)
     if request.keep_len < 0:
-        raise _invalid("keep_len", f"is {request.keep_len}; send 0 or more")
-    if len(request.keep_hash) > HASH_LIMIT:
-        raise _invalid("keep_hash", f"has {len(request.keep_hash)} bytes; it is a chain hash of 16")
+        raise invalid("keep_len", f"is {request.keep_len}; send 0 or more")
+    check_prefix_hash("keep_hash", request.keep_hash)
     if length == 0:
-        raise _invalid("append_token_ids", "is empty and nothing is kept; send at least one token")
+        raise invalid("append_token_ids", "is empty and nothing is kept; send at least one token")
     if length >= info.context_limit:
         message = f"the session would have {length} tokens; at most {info.context_limit - 1} leave room for an answer"
         raise Refusal(
@@ -102,26 +112,26 @@ def _check_tokens(request: pb2.VerifierServiceGenerateRequest, info: ModelInfo) 
         )
     if ids and not 0 <= min(ids) <= max(ids) < info.vocab_size:
         found = next(token for token in ids if not 0 <= token < info.vocab_size)
-        raise _invalid(
+        raise invalid(
             "append_token_ids", f"has id {found}; the vocabulary has ids 0 to {info.vocab_size - 1}"
         )
     if not 0 <= request.output_start <= length:
-        raise _invalid("output_start", f"is {request.output_start}; send an index from 0 to {length}")
+        raise invalid("output_start", f"is {request.output_start}; send an index from 0 to {length}")
 
 
 def _check_stop(stop: generation_pb2.StopConditions, info: ModelInfo) -> None:
     if stop.max_token_count < 1:
-        raise _invalid("stop.max_token_count", f"is {stop.max_token_count}; send 1 or more")
+        raise invalid("stop.max_token_count", f"is {stop.max_token_count}; send 1 or more")
     if len(stop.stop_token_ids) > MAX_STOP_IDS:
-        raise _invalid(
+        raise invalid(
             "stop.stop_token_ids", f"has {len(stop.stop_token_ids)} ids; send at most {MAX_STOP_IDS}"
         )
     if any(not 0 <= token < info.vocab_size for token in stop.stop_token_ids):
-        raise _invalid(
+        raise invalid(
             "stop.stop_token_ids", f"has an id outside of the vocabulary, 0 to {info.vocab_size - 1}"
         )
     if stop.stop_strings:
-        raise _invalid(
+        raise invalid(
             "stop.stop_strings",
             "is not served by a verifier, which knows no text; the gateway looks for them",
         )
@@ -132,12 +142,13 @@ def _speculation(pb: generation_pb2.Speculation) -> SpeculationRequest:
         return SpeculationRequest(fixed_depth=0)
     if pb.mode == generation_pb2.Speculation.MODE_FIXED:
         if not 0 <= pb.fixed_depth <= MAX_DEPTH:
-            raise _invalid("speculation.fixed_depth", f"is {pb.fixed_depth}; send 0 to {MAX_DEPTH}")
+            raise invalid("speculation.fixed_depth", f"is {pb.fixed_depth}; send 0 to {MAX_DEPTH}")
         return SpeculationRequest(fixed_depth=pb.fixed_depth)
     if pb.mode not in (generation_pb2.Speculation.MODE_UNSPECIFIED, generation_pb2.Speculation.MODE_AUTO):
-        raise _invalid("speculation.mode", f"is {pb.mode}, which this version does not know")
+        raise invalid("speculation.mode", f"is {pb.mode}, which this version does not know")
     return SpeculationRequest()
 
 
-def _invalid(field: str, message: str) -> Refusal:
+def invalid(field: str, message: str) -> Refusal:
+    """A field that cannot be served, and why."""
     return Refusal(Reason.INVALID_FIELD, f"{field}: {message}", violations=(FieldViolation(field, message),))
