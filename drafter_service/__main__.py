@@ -26,6 +26,7 @@ from drafter_service.settings import DrafterSettings
 from drafter_service.verifier_link import LinkTimes, VerifierLink
 from sparkrelay.device.thread import DeviceThread
 from sparkrelay.frames import Hello
+from sparkrelay.host.cores import plan_threads, read_cores
 from sparkrelay.interpreter import spare_rounds
 from sparkrelay.protocol import PROTOCOL_MAX, PROTOCOL_MIN
 from sparkrelay.server import Lifecycle, run_service
@@ -36,29 +37,20 @@ from sparkrelay.v1 import drafter_service_pb2, drafter_service_pb2_grpc
 log = structlog.get_logger(__name__)
 
 NAME = "drafter"
-SMALL_MACHINE_CORES = 4
-SPIN_COUNT = (
-    "10000"  # how long idle OpenMP threads of a draft model may spin beside a verifier's on the same machine
-)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs a drafter until it is told to end; returns the exit code."""
     settings = load(DrafterSettings, sys.argv[1:] if argv is None else argv, prog="python -m drafter_service")
     configure_logging(settings.log_level, settings.log_format, NAME)
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    if cores > SMALL_MACHINE_CORES:
-        os.environ.setdefault("GOMP_SPINCOUNT", SPIN_COUNT)  # read when torch is imported, which is later
+    threads = plan_threads(read_cores().compute_count)
+    for name, value in threads.environment.items():
+        os.environ.setdefault(name, value)  # read when torch is imported, which is later
     try:
-        return asyncio.run(serve(settings, settings.threads or planned_threads(cores)))
+        return asyncio.run(serve(settings, settings.threads or threads.drafter))
     except CannotLoad as error:
         log.error("cannot start", name=NAME, reason=str(error))
         return 1
-
-
-def planned_threads(cores: int) -> int:
-    """Threads of the draft model beside a verifier: one on a small machine, where more slow both down."""
-    return 1 if cores <= SMALL_MACHINE_CORES else cores // 2
 
 
 class _Running(NamedTuple):

@@ -62,7 +62,7 @@ class DrafterSettings(ServiceSettings):
         0,
         ge=0,
         le=1024,
-        description="Threads of the draft model; 0: one on up to 4 cores, else half of them.",
+        description="Threads of the draft model; 0: one on up to 4 cores, else a quarter of them.",
     )
     state_memory_mib: int = Field(
         1024, ge=1, description="For causal_lm: memory for the sessions' keys and values."

@@ -8,7 +8,7 @@ import secrets
 import socket
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,6 +17,8 @@ import structlog
 
 from sparkrelay.device.kv_layout import UnsupportedModel
 from sparkrelay.device.thread import DeviceThread
+from sparkrelay.host.cores import explain, plan_threads, read_cores
+from sparkrelay.host.memory import FreeMemory, free_memory
 from sparkrelay.interpreter import spare_rounds
 from sparkrelay.server import Lifecycle, run_service
 from sparkrelay.settings import load
@@ -26,7 +28,7 @@ from sparkrelay.v1 import verifier_service_pb2, verifier_service_pb2_grpc
 from verifier_service.depth_policies import parse_depth_policy
 from verifier_service.engine import Engine, EngineSettings
 from verifier_service.events import Command, Event
-from verifier_service.host_memory import block_count, free_bytes
+from verifier_service.memory_plan import plan_state, require_room_for_weights
 from verifier_service.models import ModelInfo, TargetModel
 from verifier_service.models.toy import toy_model
 from verifier_service.servicer import VerifierIdentity, VerifierServicer
@@ -35,17 +37,17 @@ from verifier_service.settings import VerifierSettings
 log = structlog.get_logger(__name__)
 
 THREAD_STOP_S = 2.0
-SPIN_COUNT = (
-    "10000"  # libgomp's threads give the core back soon enough for the event loop and a drafter beside us
-)
 
 
 def main(argv: Sequence[str]) -> int:
     settings = load(VerifierSettings, argv, prog="python -m verifier_service")
     configure_logging(settings.log_level, settings.log_format, "verifier")
-    if (os.cpu_count() or 1) > 4:
-        os.environ.setdefault("GOMP_SPINCOUNT", SPIN_COUNT)  # read when torch is imported, which is later
-    return asyncio.run(_serve(settings))
+    cores = read_cores()
+    threads = plan_threads(cores.compute_count)
+    for name, value in threads.environment.items():
+        os.environ.setdefault(name, value)  # read when torch is imported, which is later
+    log.info("threads", used=settings.threads or threads.verifier, planned=explain(cores, threads))
+    return asyncio.run(_serve(settings.model_copy(update={"threads": settings.threads or threads.verifier})))
 
 
 async def _serve(settings: VerifierSettings) -> int:
@@ -138,11 +140,18 @@ class _Device:
 
     def _make_engine(self) -> Engine:
         settings = self._settings
-        model = load_model(settings)
+        model = load_model(settings, free_memory)
+        state = plan_state(
+            served_info(model.info, settings.context_limit),
+            free_memory(),
+            state_memory_mib=settings.state_memory_mib,
+            memory_margin_mib=settings.memory_margin_mib,
+        )
+        log.info("state memory", **state.facts())
         engine = Engine(
             model,
             EngineSettings(
-                block_count=block_count(model.info, settings.state_memory_mib, free_bytes()),
+                block_count=state.block_count,
                 step_token_budget=settings.step_token_budget,
                 block_wait_us=settings.block_wait_ms * 1000,
                 max_sessions=settings.max_sessions,
@@ -166,11 +175,15 @@ def served_info(info: ModelInfo, context_limit: int) -> ModelInfo:
     return replace(info, context_limit=min(context_limit or info.context_limit, info.context_limit))
 
 
-def load_model(settings: VerifierSettings) -> TargetModel:
-    """The target of the settings. Raises StoreError, UnsupportedModel or ValueError, each with the next step."""
+def load_model(settings: VerifierSettings, free: Callable[[], FreeMemory]) -> TargetModel:
+    """The target of the settings. Raises StoreError, UnsupportedModel or ValueError, each with the next step.
+
+    free  asks what memory is free, when it is to be known
+    """
     if settings.model.partition(":")[0] == "toy":
         return toy_model(settings.model)
     files = resolve(settings.model)
+    require_room_for_weights(files.path, settings.dtype, free())
     return _load_huggingface(settings, files.name, files.path)
 
 
@@ -179,8 +192,7 @@ def _load_huggingface(settings: VerifierSettings, name: str, path: Path) -> Targ
 
     from verifier_service.models.huggingface import HuggingFaceModel
 
-    if settings.threads:
-        torch.set_num_threads(settings.threads)
+    torch.set_num_threads(settings.threads)
     return HuggingFaceModel.load(path, model_id=name, dtype=settings.dtype, exact=settings.exact)
 
 

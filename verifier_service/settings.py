@@ -51,7 +51,10 @@ class VerifierSettings(ServiceSettings):
         "the output is plain decoding's, bit for bit.",
     )
     threads: int = Field(
-        0, ge=0, le=1024, description="Threads to compute with; 0 leaves it to torch (one per core)."
+        0,
+        ge=0,
+        le=1024,
+        description="Threads to compute with; 0 takes one a physical core, within the container's quota.",
     )
     depth_policy: str = Field(
         "auto", description="How deep drafts are checked: off, fixed:K with K from 0 to 15, or auto."
@@ -63,7 +66,12 @@ class VerifierSettings(ServiceSettings):
     state_memory_mib: int = Field(
         0,
         ge=0,
-        description="Memory for the sessions' state; 0 takes half of what is free once the model is loaded.",
+        description="Memory for the sessions' state; 0 takes what is free once the model is loaded, less the margin.",
+    )
+    memory_margin_mib: int = Field(
+        2048,
+        ge=0,
+        description="Free memory that is left to others when state_memory_mib is 0; never more than half of what is free.",
     )
     max_sessions: int = Field(
         1024,

@@ -75,8 +75,8 @@ def _refusal_of_lengths(command: StartTurn, limits: Limits) -> TurnRefused | Non
     elif length >= limits.capacity_tokens:
         reason, field = Reason.OUT_OF_MEMORY, "append_token_ids"
         message = (
-            f"the session would have {length} tokens; this verifier's memory has room for {limits.capacity_tokens}: "
-            "shorten the conversation, or give the verifier more state memory"
+            f"the session would have {length} tokens; this verifier's memory has room for {limits.capacity_tokens}, the answer "
+            "included: shorten the conversation, or give the verifier more memory (its setting state_memory_mib)"
         )
     return TurnRefused(command.turn_id, reason, message, field) if field else None
 

@@ -25,7 +25,14 @@ import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from sparkrelay.cli.stack_plan import ProcessPlan, StackPlan
-from sparkrelay.v1 import admin_service_pb2, admin_service_pb2_grpc, verifier_service_pb2
+from sparkrelay.host.cores import explain, plan_threads, read_cores
+from sparkrelay.host.memory import MIB
+from sparkrelay.v1 import (
+    admin_service_pb2,
+    admin_service_pb2_grpc,
+    verifier_service_pb2,
+    verifier_service_pb2_grpc,
+)
 
 READY_TIMEOUT_S = 180.0  # a large model on a slow disk; a small one takes seconds
 POLL_S = 0.05
@@ -298,6 +305,25 @@ def list_workers(gateway: str, timeout_s: float = 2.0) -> list[admin_service_pb2
     with grpc.insecure_channel(gateway) as channel:
         stub = admin_service_pb2_grpc.AdminServiceStub(channel)
         return list(stub.ListWorkers(admin_service_pb2.ListWorkersRequest(), timeout=timeout_s).workers)
+
+
+def threads_line(drafter_count: int) -> str:
+    """How the services of one machine share its cores, in one line."""
+    cores = read_cores()
+    return f"threads    {explain(cores, plan_threads(cores.compute_count, drafter_count))}"
+
+
+def state_line(verifier: str, timeout_s: float = 2.0) -> str:
+    """How much session state a verifier has room for, in one line."""
+    with grpc.insecure_channel(verifier) as channel:
+        stub = verifier_service_pb2_grpc.VerifierServiceStub(channel)
+        try:
+            told = stub.Describe(verifier_service_pb2.VerifierServiceDescribeRequest(), timeout=timeout_s)
+        except grpc.RpcError:
+            return "memory     unknown: the verifier did not answer"
+    tokens, mib = told.block_count * told.block_tokens, told.block_count * told.block_bytes // MIB
+    units = f"{told.block_count:,} units of {told.block_tokens}"
+    return f"memory     {tokens:,} tokens of session state, at most {mib:,} MiB ({units}; set by --state-memory-mib)"
 
 
 def describe_exit(code: int) -> str:

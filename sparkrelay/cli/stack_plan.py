@@ -6,6 +6,8 @@ import socket
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
+from sparkrelay.host.cores import plan_threads
+
 GATEWAY_PORT = 7070
 VERIFIER_PORT = 7071
 DRAFTER_PORT = 7072
@@ -72,12 +74,15 @@ def plan_stack(
 ) -> StackPlan:
     """Every address is fixed here, so that a process that is started again is found where it was.
 
+    cores          to compute with: `sparkrelay.host.cores.Cores.compute_count`
     drafters_dial  where drafters find the verifier, if not at its own address (a proxy that counts or delays)
     """
     pick_port = _each_once(pick_port)
     target = ("--model", options.model, "--dtype", options.dtype, "--depth-policy", options.depth_policy)
+    threads = plan_threads(cores, options.drafter_count)
+    flags = (*target, "--threads", str(threads.verifier))
     verifier = _process(
-        options, "verifier", VERIFIER_PORT, pick_port, (*target, "--threads", str(cores)), "verifier_service"
+        options, "verifier", VERIFIER_PORT, pick_port, flags, "verifier_service", threads.environment
     )
     count = 0 if options.drafter == "none" else options.drafter_count
     dialled = drafters_dial or verifier.listen
@@ -87,11 +92,6 @@ def plan_stack(
     dialling = ("--verifiers", verifier.listen, *QUICK_REDIAL)
     gateway = _process(options, "gateway", GATEWAY_PORT, pick_port, dialling, "gateway")
     return StackPlan(verifier, drafters, gateway, options.model)
-
-
-def drafter_threads(cores: int) -> int:
-    """Small machines: one, measured to cost the verifier least. Others: a quarter of the cores."""
-    return 1 if cores <= 4 else cores // 4
 
 
 def free_port(usual: int) -> int:
@@ -132,13 +132,12 @@ def plan_drafter(
 ) -> ProcessPlan:
     name = f"drafter-{number}"
     arguments = ["--kind", options.drafter, "--drafter-id", name, "--verifiers", verifier, *QUICK_REDIAL]
-    arguments += ["--threads", str(drafter_threads(cores))]
+    threads = plan_threads(cores, options.drafter_count)
+    arguments += ["--threads", str(threads.drafter)]
     if options.drafter == "causal_lm":
         arguments += ["--model", options.drafter_model or options.model]
-    # More cores than the two services' threads: a short spin keeps a waiting service from taking the other's cores.
-    environment = {} if cores <= 4 else {"GOMP_SPINCOUNT": "10000"}
     port = DRAFTER_PORT + number - 1
-    return _process(options, name, port, pick_port, arguments, "drafter_service", environment)
+    return _process(options, name, port, pick_port, arguments, "drafter_service", threads.environment)
 
 
 def _process(

@@ -48,6 +48,10 @@ def up(
     depth_policy: Annotated[
         str, typer.Option(help="How many draft tokens to check in a round: off, fixed:K, auto.")
     ] = "auto",
+    state_memory_mib: Annotated[
+        int,
+        typer.Option(min=0, help="Memory for the sessions' state, in MiB; 0: what is free, less a margin."),
+    ] = 0,
     restart: Annotated[bool, typer.Option(help="Start a service again when it ends by itself.")] = True,
     log_level: Annotated[
         str, typer.Option(help="Of the services' logs: debug, info, warning, error.")
@@ -66,6 +70,7 @@ def up(
         dtype=dtype,
         depth_policy=depth_policy,
         log_level=log_level,
+        flags={"verifier": ("--state-memory-mib", str(state_memory_mib))},
     )
     refuse_a_second_stack()
     plan = plan_stack(options, core_count(), free_port)
@@ -99,25 +104,28 @@ def refuse_a_second_stack() -> None:
 
 
 def core_count() -> int:
-    """Cores this process may use."""
-    affinity = getattr(os, "sched_getaffinity", None)  # not on macOS
-    return len(affinity(0)) if affinity else os.cpu_count() or 1
+    """Cores to compute with."""
+    from sparkrelay.host.cores import read_cores
+
+    return read_cores().compute_count
 
 
 def run(plan: StackPlan, restart: bool) -> None:
     """Starts the plan, writes the runtime file, watches, and leaves nothing behind."""
-    from sparkrelay.cli.stack import Stack
+    from sparkrelay.cli.stack import Stack, state_line, threads_line
     from sparkrelay.runtime import default_folder, remove_runtime, write_runtime
 
     folder = default_folder()
     with told_to_end() as ended:
         stack = Stack(plan, folder / "logs", restart=restart)
         say(f"Starting {len(plan.processes)} services, model {plan.model}. Logs: {folder / 'logs'}")
+        say(f"  {threads_line(len(plan.drafters))}")
         try:
             with stack:
                 stack.wait_until_ready(say, give_up=ended.is_set)
                 if not ended.is_set():
                     write_runtime(runtime_content(stack), folder)
+                    say(f"  {state_line(stack.verifier)}")
                     say(where_and_what_next(plan, folder))
                 watch(stack, folder, ended)
                 say("\nEnding (Ctrl-C again: at once) ...")

@@ -1396,6 +1396,7 @@ class VerifierServiceDescribeResponse(_message.Message):
     FINGERPRINT_FIELD_NUMBER: _builtins.int
     DEPTH_POLICY_FIELD_NUMBER: _builtins.int
     HAS_RESPONSE_FORMAT_FIELD_NUMBER: _builtins.int
+    BLOCK_BYTES_FIELD_NUMBER: _builtins.int
     verifier_id: _builtins.str
     """Its name."""
     epoch: _builtins.str
@@ -1428,6 +1429,8 @@ class VerifierServiceDescribeResponse(_message.Message):
     """Depth policy in use: off, fixed:K, auto, ..."""
     has_response_format: _builtins.bool
     """True: it can keep to a response_format."""
+    block_bytes: _builtins.int
+    """Memory of a unit of session state."""
     @_builtins.property
     def default_stop_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
         """End-of-turn ids of the model's generation config."""
@@ -1462,10 +1465,11 @@ class VerifierServiceDescribeResponse(_message.Message):
         fingerprint: Global___Fingerprint | None = ...,
         depth_policy: _builtins.str = ...,
         has_response_format: _builtins.bool = ...,
+        block_bytes: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["fingerprint", b"fingerprint"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["block_count", b"block_count", "block_tokens", b"block_tokens", "context_limit", b"context_limit", "default_stop_ids", b"default_stop_ids", "depth_policy", b"depth_policy", "dtype", b"dtype", "epoch", b"epoch", "exact", b"exact", "exact_reason", b"exact_reason", "fingerprint", b"fingerprint", "has_response_format", b"has_response_format", "model_id", b"model_id", "noise_versions", b"noise_versions", "numerics", b"numerics", "protocol_max", b"protocol_max", "protocol_min", b"protocol_min", "tokenizer_hash", b"tokenizer_hash", "verifier_id", b"verifier_id", "vocab_size", b"vocab_size"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["block_bytes", b"block_bytes", "block_count", b"block_count", "block_tokens", b"block_tokens", "context_limit", b"context_limit", "default_stop_ids", b"default_stop_ids", "depth_policy", b"depth_policy", "dtype", b"dtype", "epoch", b"epoch", "exact", b"exact", "exact_reason", b"exact_reason", "fingerprint", b"fingerprint", "has_response_format", b"has_response_format", "model_id", b"model_id", "noise_versions", b"noise_versions", "numerics", b"numerics", "protocol_max", b"protocol_max", "protocol_min", b"protocol_min", "tokenizer_hash", b"tokenizer_hash", "verifier_id", b"verifier_id", "vocab_size", b"vocab_size"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

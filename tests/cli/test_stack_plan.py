@@ -5,6 +5,7 @@ from __future__ import annotations
 import socket
 
 from sparkrelay.cli.stack_plan import StackOptions, any_free_port, free_port, plan_stack
+from sparkrelay.host.cores import plan_threads
 
 
 def argument(arguments: tuple[str, ...], flag: str) -> str:
@@ -32,12 +33,15 @@ def test_drafters_and_gateway_dial_the_verifier_of_the_plan() -> None:
     )
 
 
-def test_a_small_machine_gives_the_drafter_one_thread_and_the_verifier_all() -> None:
-    for cores, threads in ((2, "1"), (4, "1"), (16, "4")):
-        plan = plan_stack(StackOptions(), cores, free_port)
-        assert argument(plan.verifier.arguments, "--threads") == str(cores)
-        assert argument(plan.drafters[0].arguments, "--threads") == threads
-        assert ("GOMP_SPINCOUNT" in plan.drafters[0].environment) == (cores > 4)
+def test_threads_and_their_spinning_are_those_of_the_plan() -> None:
+    for cores, drafter_count in ((2, 1), (4, 1), (16, 1), (16, 2)):
+        plan = plan_stack(StackOptions(drafter_count=drafter_count), cores, free_port)
+        threads = plan_threads(cores, drafter_count)
+        assert argument(plan.verifier.arguments, "--threads") == str(threads.verifier)
+        for drafter in plan.drafters:
+            assert argument(drafter.arguments, "--threads") == str(threads.drafter)
+        for process in (plan.verifier, *plan.drafters):
+            assert process.environment == threads.environment
 
 
 def test_drafter_none_is_a_stack_without_drafters() -> None:

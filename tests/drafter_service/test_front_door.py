@@ -7,7 +7,6 @@ from collections.abc import AsyncIterator
 import grpc.aio
 import pytest
 
-from drafter_service.__main__ import planned_threads
 from drafter_service.engine import Totals
 from drafter_service.links import LinkState, LinkStatus
 from drafter_service.servicer import DrafterServicer
@@ -41,10 +40,6 @@ def test_the_defaults_are_prompt_lookup_for_the_verifier_on_this_machine() -> No
 def test_settings_that_cannot_work_name_the_field(flags: list[str], message: str) -> None:
     with pytest.raises(InvalidSettings, match=message):
         read(DrafterSettings, flags, {})
-
-
-def test_a_small_machine_drafts_on_one_thread_beside_the_verifier() -> None:
-    assert [planned_threads(cores) for cores in (1, 2, 4, 8, 64)] == [1, 1, 1, 4, 32]
 
 
 def test_link_states_have_the_numbers_of_the_proto() -> None:

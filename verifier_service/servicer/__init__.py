@@ -150,6 +150,7 @@ class VerifierServicer(verifier_service_pb2_grpc.VerifierServiceServicer):
             protocol_max=PROTOCOL_MAX,
             block_tokens=info.block_tokens,
             block_count=self._load().block_count,
+            block_bytes=info.block_bytes,
             fingerprint=fingerprint_pb(who.fingerprint),
             depth_policy=who.depth_policy,
         )
