@@ -1,7 +1,7 @@
 """The chat format in token ids, and prompts from files.
 
 A model that was tuned on conversations writes a user's message as well as an answer: given the ids that stand before one
-(`opening`), it goes on with a question of its own. So training data needs no download. Left alone it asks what it was tuned on most;
+(`opening`), it goes on with a question of its own. So training data needs no download. Left alone it asks what it was tuned on;
 the first words in STARTERS lead it to arithmetic and code as well.
 """
 
