@@ -23,7 +23,8 @@ WEIGHTS_FILE: Final = "model.safetensors"
 INDEX_FILE: Final = "model.safetensors.index.json"
 EMBEDDING: Final = "embed_tokens.weight"
 LM_HEAD: Final = "lm_head.weight"
-_TARGET_EMBEDDING = ("model.embed_tokens.weight", "model.language_model.embed_tokens.weight")
+TARGET_PREFIXES: Final = ("model.", "model.language_model.")
+"""What the names of a target's tensors may begin with."""
 
 
 class Vocabulary(NamedTuple):
@@ -35,13 +36,20 @@ class Vocabulary(NamedTuple):
 
 def target_vocabulary(folder: Path) -> Vocabulary:
     """Embedding and LM head of a target's checkpoint folder. UnusableCheckpoint if it has none under a known name."""
-    embedding = next(
-        (found for name in _TARGET_EMBEDDING if (found := _tensor(folder, name)) is not None), None
-    )
-    if embedding is None:
-        raise UnusableCheckpoint(f"{folder}: has no tensor {' or '.join(_TARGET_EMBEDDING)}")
-    lm_head = _tensor(folder, LM_HEAD)
+    embedding = target_tensor(folder, EMBEDDING)
+    lm_head = read_tensor(folder, LM_HEAD)
     return Vocabulary(embedding, embedding if lm_head is None else lm_head)
+
+
+def target_tensor(folder: Path, name: str) -> Tensor:
+    """A tensor of a target's decoder, `layers.0.mlp.up_proj.weight` say. UnusableCheckpoint if there is none of that name."""
+    for prefix in TARGET_PREFIXES:
+        tensor = read_tensor(folder, prefix + name)
+        if tensor is not None:
+            return tensor
+    raise UnusableCheckpoint(
+        f"{folder}: has no tensor {' or '.join(prefix + name for prefix in TARGET_PREFIXES)}"
+    )
 
 
 def save_draft(
@@ -112,7 +120,7 @@ def _check(folder: Path, expected: Mapping[str, tuple[int, ...]], found: Mapping
         )
 
 
-def _tensor(folder: Path, name: str) -> Tensor | None:
+def read_tensor(folder: Path, name: str) -> Tensor | None:
     """One tensor of a folder of safetensors, sharded or not; None if it has no such."""
     index = folder / INDEX_FILE
     file = folder / WEIGHTS_FILE

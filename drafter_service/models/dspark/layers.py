@@ -47,7 +47,7 @@ class RMSNorm(nn.Module):
     def forward(self, rows: Tensor) -> Tensor:
         """[..., size] -> [..., size], in the type of `rows`."""
         weight = self.weight + self._offset if self._offset else self.weight
-        return functional.rms_norm(rows, list(weight.shape), weight, self._eps)
+        return functional.rms_norm(rows, list(weight.shape), weight.to(rows.dtype), self._eps)
 
 
 class Rotary(nn.Module):

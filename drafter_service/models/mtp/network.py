@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -105,12 +105,20 @@ def sequences_hidden(network: MtpNetwork, sequences: Sequence[MtpSequence]) -> T
     scale = network.config.attention_scale
 
     def attend(queries: Tensor, own: KeysValues) -> Tensor:
-        split = (torch.split_with_sizes(part, counts) for part in (queries, own.keys, own.values))
-        return torch.cat([_causal(*parts, scale) for parts in zip(*split, strict=True)])
+        parts = _by_sequence(queries, own, counts)
+        return torch.cat([_causal(query, keys, values, scale) for query, keys, values in parts])
 
     states = torch.cat([sequence.states for sequence in sequences])
     next_ids = torch.cat([sequence.next_ids for sequence in sequences])
     return network.hidden(states, next_ids, positions, attend)
+
+
+def _by_sequence(
+    queries: Tensor, own: KeysValues, counts: Sequence[int]
+) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """Queries, keys and values of each sequence's rows."""
+    split = [torch.split_with_sizes(part, counts) for part in (queries, own.keys, own.values)]
+    return zip(*split, strict=True)
 
 
 def _causal(queries: Tensor, keys: Tensor, values: Tensor, scale: float) -> Tensor:
@@ -149,9 +157,9 @@ def advance(network: MtpNetwork, sessions: Sequence[NewRows]) -> Tensor:
     )
 
     def attend(queries: Tensor, own: KeysValues) -> Tensor:
-        split = (torch.split_with_sizes(part, counts) for part in (queries, own.keys, own.values))
         seen = []
-        for session, start, query, keys, values in zip(sessions, starts, *split, strict=True):
+        parts = _by_sequence(queries, own, counts)
+        for session, start, (query, keys, values) in zip(sessions, starts, parts, strict=True):
             count = len(session.next_ids)
             session.cache.append([KeysValues(keys[:count], values[:count])], start)
             seen.append(_from_cache(session.cache, query, start, network.config.attention_scale))
