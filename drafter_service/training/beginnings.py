@@ -1,6 +1,6 @@
 """Where a draft's weights begin: drawn at random, and then, if wanted, taken over from the target's last layers.
 
-A draft layer that is the target's last one reads, through `fc` and `hidden_norm`, exactly what that layer reads: `fc` hands on the
+A draft layer that is the target's last one reads, through `fc` and `hidden_norm`, just what that layer reads: `fc` hands on the
 deepest tap, and `hidden_norm` is the layer's own input norm. What is left to learn is to do without the anchor's own history.
 """
 
