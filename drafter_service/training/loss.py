@@ -8,22 +8,13 @@ those among the kept tokens, and a label outside of them has no CE term.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn.functional import binary_cross_entropy_with_logits
 
-
-@dataclass(frozen=True, slots=True)
-class LossWeights:
-    """decay: slots over which a slot's weight falls to 1/e."""
-
-    cross_entropy: float = 0.1
-    l1: float = 0.9
-    confidence: float = 1.0
-    decay: float = 4.0
+from drafter_service.training.settings import LossWeights
 
 
 class BlockTargets(NamedTuple):

@@ -6,9 +6,18 @@ from dataclasses import asdict, dataclass, fields
 from typing import Any, Literal
 
 from drafter_service.models.dspark.config import HeadType
-from drafter_service.training.loss import LossWeights
 
 DraftKind = Literal["dspark", "dflash", "mtp"]
+
+
+@dataclass(frozen=True, slots=True)
+class LossWeights:
+    """decay: slots over which a slot's weight falls to 1/e."""
+
+    cross_entropy: float = 0.1
+    l1: float = 0.9
+    confidence: float = 1.0
+    decay: float = 4.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

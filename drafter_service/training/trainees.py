@@ -13,7 +13,8 @@ from drafter_service.models.dspark.layers import RMSNorm
 from drafter_service.models.dspark.network import DSparkNetwork
 from drafter_service.models.dspark.packed import PackedSequence, packed_hidden
 from drafter_service.models.mtp.network import MtpNetwork, MtpSequence, sequences_hidden
-from drafter_service.training.loss import BlockTargets, LossTerms, LossWeights, block_loss, matched_counts
+from drafter_service.training.loss import BlockTargets, LossTerms, block_loss, matched_counts
+from drafter_service.training.settings import LossWeights
 from drafter_service.training.states import TargetStates
 
 
