@@ -13,6 +13,8 @@ from dataclasses import dataclass, fields
 MAX_SEED = 2**64 - 1
 MAX_STOP_IDS = 256
 MAX_LOGIT_BIASES = 1024
+MIN_REPETITION_PENALTY = 0.01
+MAX_REPETITION_PENALTY = 100.0
 
 
 class InvalidField(ValueError):
@@ -68,10 +70,12 @@ class Sampling:
                 "top_p", f"is {self.top_p}; send a number above 0 and at most 1 (1 turns it off)"
             )
         _within("min_p", self.min_p, 0.0, 1.0)
-        if not 0.0 < self.repetition_penalty <= 100.0:
+        # A penalty near 0 would divide logits beyond what a float32 holds, and infinities have no order.
+        if not MIN_REPETITION_PENALTY <= self.repetition_penalty <= MAX_REPETITION_PENALTY:
             raise InvalidField(
                 "repetition_penalty",
-                f"is {self.repetition_penalty}; send a number above 0 and at most 100 (1 is off)",
+                f"is {self.repetition_penalty}; send a number from {MIN_REPETITION_PENALTY:g} to "
+                f"{MAX_REPETITION_PENALTY:g} (1 is off)",
             )
         _within("presence_penalty", self.presence_penalty, -100.0, 100.0)
         _within("frequency_penalty", self.frequency_penalty, -100.0, 100.0)

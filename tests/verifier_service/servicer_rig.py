@@ -63,8 +63,11 @@ class SlowToyModel(ToyModel):
 class Rig:
     """What a test holds: the servicer, a stub to it, and what crashed."""
 
-    def __init__(self, servicer: VerifierServicer, channel: grpc.aio.Channel, engine: Engine) -> None:
+    def __init__(
+        self, servicer: VerifierServicer, channel: grpc.aio.Channel, engine: Engine, address: str = ""
+    ) -> None:
         self.servicer = servicer
+        self.address = address
         self.channel = channel
         self.engine = engine
         self.stub: Any = verifier_service_pb2_grpc.VerifierServiceStub(channel)
@@ -128,8 +131,9 @@ async def rig(
     thread.start()
     await server.start()
     try:
-        async with grpc.aio.insecure_channel(f"127.0.0.1:{port}") as channel:
-            made = Rig(servicer, channel, engine)
+        address = f"127.0.0.1:{port}"
+        async with grpc.aio.insecure_channel(address) as channel:
+            made = Rig(servicer, channel, engine, address)
             made.crashes = crashes
             yield made
             engine.check_integrity()
