@@ -13,7 +13,7 @@ from dataclasses import dataclass, fields
 MAX_SEED = 2**64 - 1
 MAX_STOP_IDS = 256
 MAX_LOGIT_BIASES = 1024
-MIN_REPETITION_PENALTY = 0.01
+MIN_REPETITION_PENALTY = 1 / 128  # a power of two is the same number as a float32
 MAX_REPETITION_PENALTY = 100.0
 
 

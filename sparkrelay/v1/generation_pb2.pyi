@@ -99,7 +99,7 @@ class Sampling(_message.Message):
     min_p: _builtins.float
     """Keep tokens at least this probable relative to the best one. 0 keeps all."""
     repetition_penalty: _builtins.float
-    """Divides positive (multiplies negative) logits of ids that occur anywhere in the sequence. 0.01 to 100; absent is 1 (off)."""
+    """Divides positive (multiplies negative) logits of ids that occur anywhere in the sequence. 1/128 to 100; absent is 1 (off)."""
     presence_penalty: _builtins.float
     """Subtracted once from the logit of every id that occurs in this turn's output."""
     frequency_penalty: _builtins.float
