@@ -276,7 +276,7 @@ class _Conversation:
                 alive.pong(frame.sequence, now_s)
             else:
                 self._links.post(FrameArrived(link_id, frame, self._clock_us()))
-        raise Refusal(Reason.UNSPECIFIED, "the verifier closed the stream")
+        raise _end_of(message, "the stream")
 
     async def _read_feed(self, call: _FeedCall, link_id: int, alive: Keepalive) -> NoReturn:
         while isinstance(message := await call.read(), pb2.FeedContextResponse):
@@ -290,7 +290,7 @@ class _Conversation:
                 self._feed_outbox.put_nowait(Pong(frame.sequence))
             else:
                 alive.pong(frame.sequence, now_s)
-        raise Refusal(Reason.UNSPECIFIED, "the verifier closed FeedContext")
+        raise _end_of(message, "FeedContext")
 
     async def _beat(self, alive: Keepalive, outbox: asyncio.Queue[Any]) -> NoReturn:
         """Pings one stream, and calls it lost when nothing has been heard for too long."""
@@ -304,6 +304,15 @@ class _Conversation:
                 alive.heard(now_s)  # we were stalled ourselves: what was said meanwhile is still to be read
             if alive.silent(now_s):
                 raise Refusal(Reason.SILENT, f"silent for {times.silence_limit_s:g} s")
+
+
+def _end_of(message: object, stream: str) -> Refusal:
+    """Why a stream brings no more messages: its end, or (None) bytes that gRPC could not parse."""
+    if message is grpc.aio.EOF:
+        return Refusal(Reason.UNSPECIFIED, f"the verifier closed {stream}")
+    return Refusal(
+        Reason.PROTOCOL_VIOLATION, f"the verifier sent bytes on {stream} that are no message; update it"
+    )
 
 
 async def _until_one_fails(*parts: Awaitable[object]) -> NoReturn:

@@ -38,9 +38,10 @@ from sparkrelay.v1 import gateway_service_pb2_grpc as gateway_grpc
 from tests.verifier_service.servicer_rig import Rig, rig
 
 WAIT_S = 30.0
-PROMPT = (1, 2, 3, 1, 2, 3, 1, 2)
+PROMPT = (40, 41, 42, 40, 41, 42)
 FOLLOW_UP = (7, 1, 2, 3)
 POLL_S = 0.02
+BREATH_S = 0.1  # between two conversations of the healthy session: the noise needs the processor too
 
 
 def clock_us() -> int:
@@ -50,7 +51,13 @@ def clock_us() -> int:
 class Drafter:
     """A drafter of ours, whole but for its process."""
 
-    def __init__(self, addresses: list[str], name: str, times: LinkTimes | None = None) -> None:
+    def __init__(
+        self,
+        addresses: list[str],
+        name: str,
+        times: LinkTimes | None = None,
+        backoff_ms: tuple[int, int] = (20, 100),
+    ) -> None:
         model = load_model("ngram", ModelOptions(block_size=7)).model
         hello = Hello(1, 1, name, "run", model.fingerprint)
         self.engine = DraftEngine(model, hello, clock_us)
@@ -59,7 +66,7 @@ class Drafter:
             lambda: self.engine, lambda events: self._links.deliver(events), self.crashes.append, clock_us
         )
         self._links = Links(asyncio.get_running_loop(), self._thread.post)
-        backoff = Backoff(20, 100, random.Random(1))
+        backoff = Backoff(*backoff_ms, random.Random(1))
         self.dialled = [
             VerifierLink(each, self._links, backoff, clock_us=clock_us, times=times) for each in addresses
         ]
@@ -113,9 +120,11 @@ class House:
         """One conversation in a session of its own: two turns, of which the second goes on with the first, greedy and sampled."""
         async with sparkrelay.aio.connect(self.gateway_address) as client:
             async with await client.create_session() as session:
-                first = await session.generate(token_ids=PROMPT, max_tokens=40)
+                first = await session.generate(token_ids=PROMPT, max_tokens=60, speculation="fixed:5")
                 wanted = (*PROMPT, *first.token_ids, *FOLLOW_UP)
-                second = await session.generate(token_ids=wanted, max_tokens=40, temperature=0.7, seed=5)
+                second = await session.generate(
+                    token_ids=wanted, max_tokens=40, temperature=0.7, seed=5, speculation="fixed:5"
+                )
             self.healthy.conversations.append((self.healthy.note(first), self.healthy.note(second)))
 
     @asynccontextmanager
@@ -129,6 +138,7 @@ class House:
         async def speak() -> None:
             while not over.is_set() or not enough.is_set():
                 await self.converse()
+                await asyncio.sleep(BREATH_S)
                 if len(self.healthy.conversations) >= at_least:
                     enough.set()
 
@@ -147,7 +157,7 @@ class House:
         left: list[str] = ["not looked yet"]
         with suppress(TimeoutError):
             async with asyncio.timeout(WAIT_S):
-                while left := self._left():
+                while left := self._left():  # noqa: ASYNC110  threads and gRPC change it, and ring no bell
                     await asyncio.sleep(POLL_S)
         assert not left, f"left behind: {left}"
         self.verifier.engine.check_integrity()
@@ -215,7 +225,7 @@ async def _serve(*servicers: tuple[Callable[[Any, Any], None], Any]) -> tuple[gr
     return server, f"127.0.0.1:{port}"
 
 
-async def until(holds: Callable[[], bool]) -> None:
-    async with asyncio.timeout(WAIT_S):
-        while not holds():
+async def until(holds: Callable[[], bool], *, limit_s: float = WAIT_S) -> None:
+    async with asyncio.timeout(limit_s):
+        while not holds():  # noqa: ASYNC110  as above
             await asyncio.sleep(POLL_S)

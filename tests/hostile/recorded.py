@@ -70,7 +70,9 @@ def recorded(session_id: str) -> Mapping[str, Sequence[bytes]]:
         "GatewayService.WatchRounds": [gateway_pb.WatchRoundsRequest(session_id=session_id)],
         "GatewayService.ListModels": [gateway_pb.ListModelsRequest()],
         "AdminService.ListWorkers": [admin_pb.ListWorkersRequest()],
-        "AdminService.DrainWorker": [admin_pb.DrainWorkerRequest(address="127.0.0.1:1")],  # not ours: it would drain
+        "AdminService.DrainWorker": [
+            admin_pb.DrainWorkerRequest(address="127.0.0.1:1")
+        ],  # not ours: it would drain
         "VerifierService.Generate": _verifier_turns(),
         "VerifierService.Describe": [verifier_pb.VerifierServiceDescribeRequest()],
         "VerifierService.WatchLoad": [verifier_pb.VerifierServiceWatchLoadRequest()],
