@@ -16,7 +16,9 @@ from typing import Protocol
 import numpy as np
 import numpy.typing as npt
 
+from sparkrelay.device.filters import NothingAllowed
 from sparkrelay.noise import FloatRow, NoCandidate
+from sparkrelay.outcomes import Reason
 
 Probabilities = npt.NDArray[np.float64]
 
@@ -43,6 +45,7 @@ class BlockVerdict:
     stopped     the last committed token is a stop id: the turn is over
     failure     why no token could be chosen after `tokens`, or None. The turn must end with it; plain
                 decoding would fail there too.
+    failure_reason  the same for programs
     """
 
     accepted: int
@@ -50,6 +53,7 @@ class BlockVerdict:
     tokens: tuple[int, ...]
     stopped: bool
     failure: str | None = None
+    failure_reason: Reason = Reason.INTERNAL
 
 
 def verify_block(
@@ -75,7 +79,8 @@ def verify_block(
         try:
             token_id = chooser.choose(row)
         except NoCandidate as error:
-            return BlockVerdict(len(tokens), None, tuple(tokens), stopped=False, failure=str(error))
+            reason = Reason.GRAMMAR_REFUSED if isinstance(error, NothingAllowed) else Reason.INTERNAL
+            return BlockVerdict(len(tokens), None, tuple(tokens), False, str(error), reason)
         chooser.append(token_id)
         tokens.append(token_id)
         stopped = token_id in stop_ids

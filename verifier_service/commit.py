@@ -9,7 +9,7 @@ import numpy as np
 
 from sparkrelay.device.logprobs import logprobs_row
 from sparkrelay.frames import NO_TOKEN, PREFILL_ROUND
-from sparkrelay.outcomes import BlockState, FinishReason
+from sparkrelay.outcomes import BlockState, FinishReason, Reason
 from verifier_service.accept import verify_block
 from verifier_service.batch_scheduler import Entry
 from verifier_service.events import BlockDropped, Committed, Event, MemberVerdict, Round, TokenLogprob
@@ -36,6 +36,7 @@ class Verdict:
     tokens: Ordered[int]
     stopped: bool
     failure: str | None = None
+    failure_reason: Reason = Reason.INTERNAL
 
 
 # ---- from logits to verdicts ------------------------------------------------------------------------------------------
@@ -61,7 +62,15 @@ def verdicts_of(entries: Ordered[Entry], logits: FloatRows, starts: Ordered[int]
             verdicts.append(judge_greedy(best[first:last], draft_ids, turn.command.stop_ids))
         else:
             by_rule = verify_block(logits[first:last], draft_ids, turn.chooser, turn.command.stop_ids)
-            verdicts.append(Verdict(by_rule.accepted, by_rule.tokens, by_rule.stopped, by_rule.failure))
+            verdicts.append(
+                Verdict(
+                    by_rule.accepted,
+                    by_rule.tokens,
+                    by_rule.stopped,
+                    by_rule.failure,
+                    by_rule.failure_reason,
+                )
+            )
     return verdicts
 
 

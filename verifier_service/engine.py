@@ -238,7 +238,7 @@ class Engine:
         if reason is not None:
             self._finish(sequence, reason, events)
         else:
-            self._break(sequence, verdict.failure or "", events)
+            self._break(sequence, verdict.failure_reason, verdict.failure or "", events)
 
     # ---- turns ----------------------------------------------------------------------------------------------------
 
@@ -316,10 +316,10 @@ class Engine:
         self._leave(sequence, sequence.turn.command.turn_id)
         turns.close_turn(sequence, reason, events)
 
-    def _break(self, sequence: Sequence, message: str, events: list[Event]) -> None:
+    def _break(self, sequence: Sequence, reason: Reason, message: str, events: list[Event]) -> None:
         assert sequence.turn is not None
         self._leave(sequence, sequence.turn.command.turn_id)
-        turns.break_turn(sequence, Reason.INTERNAL, message, events)
+        turns.break_turn(sequence, reason, message, events)
 
     def _leave(self, sequence: Sequence, turn_id: str) -> None:
         """The turn no longer takes part in steps; its session is now the one used last."""

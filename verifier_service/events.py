@@ -9,11 +9,14 @@ A member is a drafter's membership in a session; the engine knows it by a number
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from sparkrelay.frames import Verdict
 from sparkrelay.outcomes import BlockState, FinishReason, Reason
 from sparkrelay.sampling import Sampling
+
+if TYPE_CHECKING:
+    from verifier_service.grammar import Grammar
 
 # ---- commands: from the servicer to the engine ----------------------------------------------------------------------------
 
@@ -33,6 +36,7 @@ class StartTurn:
     expect_drafter   True if a drafter was invited: the engine may wait for its join and blocks
     logprob_count    None for no log-probabilities
     tenant_salt      whose request it is, set by the gateway: state is reused only between sessions of the same salt
+    grammar          what shape the output must have, compiled; None for any
     """
 
     session_id: str
@@ -49,6 +53,7 @@ class StartTurn:
     logprob_count: int | None = None
     received_us: int = 0
     tenant_salt: bytes = b""
+    grammar: Grammar | None = None
 
 
 @dataclass(frozen=True, slots=True)

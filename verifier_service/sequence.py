@@ -108,7 +108,7 @@ class Turn:
     end_len         the committed length at which it must end: max_tokens or the context limit
     cached_count    prompt tokens whose state was there when their reading began
     age             ordinal of admission: the youngest is preempted first
-    chooser         chooses its tokens; None for greedy decoding without filters, where the best logit is the token
+    chooser         chooses its tokens; None for greedy decoding without filters and grammar: the best logit is the token
     reading         its state is still to be built (prompt, or again after preemption): no draft is checked meanwhile
     reading_begun   a row of it was read since it was opened or preempted
     round_count     rounds so far; the number of the next one

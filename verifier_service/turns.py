@@ -120,9 +120,12 @@ def open_turn(
 
 
 def _chooser_of(sequence: Sequence, command: StartTurn) -> Chooser | None:
-    if is_plain_greedy(command.sampling):
+    if command.grammar is None and is_plain_greedy(command.sampling):
         return None
-    return Chooser(command.sampling, command.stop_ids, sequence.token_ids, command.output_start)
+    mask = None
+    if command.grammar is not None:
+        mask = command.grammar.begin(sequence.token_ids[command.output_start :], command.stop_ids)
+    return Chooser(command.sampling, command.stop_ids, sequence.token_ids, command.output_start, mask)
 
 
 def is_plain_greedy(sampling: Sampling) -> bool:

@@ -7,6 +7,7 @@ on the target's logits, and a draft token matches it wherever they give the same
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Sequence
+from typing import Protocol
 
 import numpy as np
 
@@ -49,6 +50,19 @@ def probability_of(token_id: int, support: Support, temperature: float) -> float
     return float(weights[index] / weights.sum())
 
 
+class TokenMask(Protocol):
+    """Which tokens a turn's grammar allows next, given its output so far (`verifier_service.grammar.GrammarState` is one)."""
+
+    def allowed(self) -> BoolRow:
+        """[vocab] bool, True where the token may come next; at least one is. Read only. Raises NothingAllowed."""
+
+    def append(self, token_id: int, /) -> None:
+        """The output has grown by a token."""
+
+    def truncate(self, count: int, /) -> None:
+        """The output is its first `count` tokens again."""
+
+
 class Chooser:
     """The choice of one turn's tokens, one after another.
 
@@ -60,12 +74,18 @@ class Chooser:
     stop_ids      what min_tokens masks
     token_ids     the committed sequence, prompt included
     output_start  index at which this turn's output began
+    mask          of the turn's grammar, standing behind the output in token_ids; None: every token is allowed
     """
 
-    __slots__ = ("_counts", "_length", "_output_start", "_sampling", "_stop_ids")
+    __slots__ = ("_counts", "_length", "_mask", "_output_start", "_sampling", "_stop_ids")
 
     def __init__(
-        self, sampling: Sampling, stop_ids: Collection[int], token_ids: Sequence[int], output_start: int
+        self,
+        sampling: Sampling,
+        stop_ids: Collection[int],
+        token_ids: Sequence[int],
+        output_start: int,
+        mask: TokenMask | None = None,
     ) -> None:
         if not 0 <= output_start <= len(token_ids):
             raise ValueError(f"output_start: is {output_start}; the sequence has {len(token_ids)} tokens")
@@ -74,30 +94,34 @@ class Chooser:
         self._output_start = output_start
         self._length = len(token_ids)
         self._counts = TokenCounts(token_ids, output_start) if needs_counts(sampling) else None
+        self._mask = mask
 
     @property
     def length(self) -> int:
         """Tokens so far; the position of the token that `choose` chooses."""
         return self._length
 
-    def choose(self, row: FloatRow, mask: BoolRow | None = None) -> int:
+    def choose(self, row: FloatRow) -> int:
         """The token at position `length`, from the logits after the last token: [vocab] float32. Raises NoCandidate."""
-        produced_count = self._length - self._output_start
-        return choose_token(
-            row, self._sampling, self._counts, self._stop_ids, self._length, produced_count, mask
-        )
+        return _choose_from(self._support(row), self._sampling, self._length)
 
     def choose_with_probability(self, row: FloatRow) -> tuple[int, float]:
         """As `choose`, and how probable the token was among what the filters left."""
-        produced_count = self._length - self._output_start
-        support = filter_row(row, self._sampling, self._counts, self._stop_ids, produced_count)
+        support = self._support(row)
         token_id = _choose_from(support, self._sampling, self._length)
         return token_id, probability_of(token_id, support, self._sampling.temperature)
+
+    def _support(self, row: FloatRow) -> Support:
+        produced_count = self._length - self._output_start
+        allowed = self._mask.allowed() if self._mask is not None else None
+        return filter_row(row, self._sampling, self._counts, self._stop_ids, produced_count, allowed)
 
     def append(self, token_id: int) -> None:
         self._length += 1
         if self._counts is not None:
             self._counts.append(token_id)
+        if self._mask is not None:
+            self._mask.append(token_id)
 
     def extend(self, token_ids: Iterable[int]) -> None:
         for token_id in token_ids:
@@ -112,3 +136,5 @@ class Chooser:
         self._length = length
         if self._counts is not None:
             self._counts.truncate(length)
+        if self._mask is not None:
+            self._mask.truncate(length - self._output_start)

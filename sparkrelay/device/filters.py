@@ -32,6 +32,10 @@ NUCLEUS_SORTED = 1024  # at most so many logits are ever sorted
 _MASKED = np.float32(-np.inf)
 
 
+class NothingAllowed(noise.NoCandidate):
+    """The grammar leaves no token: what was written cannot be continued to what was asked for."""
+
+
 @dataclass(frozen=True, slots=True)
 class Support:
     """The tokens that may be chosen.
@@ -68,7 +72,7 @@ def filter_row(
     counts          of the sequence before this token; may be None where `needs_counts` is False
     stop_ids        ids that min_tokens masks
     produced_count  output tokens of this turn before this one
-    mask            [vocab] bool, True where the grammar allows the token; None allows all
+    mask            [vocab] bool, True where the grammar allows the token, at least one; None allows all
 
     Greedy decoding skips temperature, top-k, top-p and min-p: they never remove the best token.
     Raises noise.NoCandidate where top-k, top-p or min-p meet a row without a finite best logit.
@@ -88,8 +92,13 @@ def adjusted_row(
     produced_count: int,
     mask: BoolRow | None = None,
 ) -> FloatRow:
-    """The filters that change single logits: bias, min_tokens, penalties, grammar. The row itself if none is on."""
+    """The filters that change single logits: bias, min_tokens, penalties, grammar. The row itself if none is on.
+
+    Where the grammar allows nothing but stop ids the text is complete, and min_tokens gives way: there is no other token.
+    """
     too_early_to_stop = produced_count < sampling.min_tokens and len(stop_ids) > 0
+    if too_early_to_stop and mask is not None:
+        too_early_to_stop = not allows_only(mask, stop_ids)
     penalised = needs_counts(sampling)
     if not (sampling.logit_bias or too_early_to_stop or penalised or mask is not None):
         return logits
@@ -104,8 +113,14 @@ def adjusted_row(
             raise ValueError("counts: is None; penalties need the counts of the sequence")
         _penalise(row, sampling, counts)
     if mask is not None:
-        row[~mask] = _MASKED
+        np.copyto(row, _MASKED, where=~mask)
     return row
+
+
+def allows_only(mask: BoolRow, token_ids: Collection[int]) -> bool:
+    """Whether a mask allows no token but these."""
+    among_these = np.count_nonzero(mask[np.fromiter(token_ids, dtype=np.int64)])
+    return bool(among_these == np.count_nonzero(mask))
 
 
 def _penalise(row: FloatRow, sampling: Sampling, counts: TokenCounts) -> None:

@@ -8,7 +8,16 @@ from sparkrelay.wire.commits import Commit, commits
 from sparkrelay.wire.feed import feed_request, feed_request_pb, feed_response, feed_response_pb
 from sparkrelay.wire.speculate import drafter_frame, drafter_frame_pb, verifier_frame, verifier_frame_pb
 from sparkrelay.wire.unreadable import RefuseUnreadable, Unreadable, readable
-from sparkrelay.wire.values import fingerprint, fingerprint_pb, sampling, sampling_pb, tensor, tensor_pb
+from sparkrelay.wire.values import (
+    fingerprint,
+    fingerprint_pb,
+    response_format,
+    response_format_pb,
+    sampling,
+    sampling_pb,
+    tensor,
+    tensor_pb,
+)
 
 __all__ = [
     "Commit",
@@ -24,6 +33,8 @@ __all__ = [
     "fingerprint",
     "fingerprint_pb",
     "readable",
+    "response_format",
+    "response_format_pb",
     "sampling",
     "sampling_pb",
     "tensor",

@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 from sparkrelay.frames import ContextKind, Fingerprint
 from sparkrelay.outcomes import FieldViolation, FinishReason, Reason, Refusal
-from sparkrelay.sampling import MAX_LOGIT_BIASES, Sampling
+from sparkrelay.response_format import FormatKind, ResponseFormat
+from sparkrelay.sampling import MAX_LOGIT_BIASES, InvalidField, Sampling
 from sparkrelay.v1 import generation_pb2, tensor_pb2, verifier_service_pb2
 
 if TYPE_CHECKING:
@@ -137,6 +138,26 @@ def sampling_pb(value: Sampling) -> generation_pb2.Sampling:
         min_token_count=value.min_tokens,
         seed=value.seed,
     )
+
+
+# ---- response formats ---------------------------------------------------------------------------------------------------------
+
+
+def response_format(pb: generation_pb2.ResponseFormat) -> ResponseFormat:
+    """The plain value, not empty and within its limit."""
+    kind = pb.WhichOneof("constraint")
+    if kind is None:
+        raise invalid("response_format", "has no constraint; send json_schema, regex or lark_grammar")
+    value = ResponseFormat(FormatKind(kind), getattr(pb, kind))
+    try:
+        value.check()
+    except InvalidField as error:
+        raise invalid(error.field, error.message) from None
+    return value
+
+
+def response_format_pb(value: ResponseFormat) -> generation_pb2.ResponseFormat:
+    return generation_pb2.ResponseFormat(**{value.kind.value: value.text})
 
 
 # ---- fingerprints -----------------------------------------------------------------------------------------------------------

@@ -3,7 +3,7 @@
 generate.py       one turn for the gateway          speculate.py     the two streams of a drafter
 validation.py     request in, checked command out   drafter_link.py  the same without I/O
 turn_output.py    a turn's events on their way out  hub.py           where the engine, turns and drafters meet
-forks.py          a session from another one's tokens
+formats.py        response formats, compiled       forks.py         a session from another one's tokens
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ from verifier_service.events import Command
 from verifier_service.models import ModelInfo
 from verifier_service.servicer.drafter_link import LinkSettings
 from verifier_service.servicer.forks import fork_command
+from verifier_service.servicer.formats import Formats
 from verifier_service.servicer.generate import generate
 from verifier_service.servicer.hub import Hub
 from verifier_service.servicer.speculate import feed_context, speculate
@@ -80,6 +81,7 @@ class VerifierServicer(verifier_service_pb2_grpc.VerifierServiceServicer):
     load     what the engine is doing; any thread may ask
     crashed  called if an event of the engine cannot be handled: a bug, the process must end
     now_s    a monotonic clock in seconds
+    formats  what compiles response formats; None: they are refused
 
     Events of the engine go to `deliver`.
     """
@@ -92,6 +94,7 @@ class VerifierServicer(verifier_service_pb2_grpc.VerifierServiceServicer):
         load: Callable[[], EngineLoad],
         crashed: Callable[[BaseException], None],
         now_s: Callable[[], float],
+        formats: Formats | None = None,
         link_settings: LinkSettings | None = None,
     ) -> None:
         settings = link_settings or identity.link_settings
@@ -101,6 +104,7 @@ class VerifierServicer(verifier_service_pb2_grpc.VerifierServiceServicer):
         self._tick_s = settings.ping_every_s / TICKS_PER_PING
         self._hub = Hub(settings, post=post, crashed=crashed, now_s=now_s)
         self.deliver = self._hub.deliver
+        self._formats = formats or Formats(None, reason="this verifier has no grammar compiler")
         self._draining = False
         self._ended = False
 
@@ -113,7 +117,9 @@ class VerifierServicer(verifier_service_pb2_grpc.VerifierServiceServicer):
         self, request: pb2.VerifierServiceGenerateRequest, context: grpc.aio.ServicerContext[Any, Any]
     ) -> None:
         received_us = int(self._now_s() * 1e6)
-        await generate(self._hub, self._identity, request, context, received_us, self._draining)
+        await generate(
+            self._hub, self._formats, self._identity, request, context, received_us, lambda: self._draining
+        )
 
     async def Speculate(  # type: ignore[override]
         self,
@@ -153,6 +159,7 @@ class VerifierServicer(verifier_service_pb2_grpc.VerifierServiceServicer):
             block_bytes=info.block_bytes,
             fingerprint=fingerprint_pb(who.fingerprint),
             depth_policy=who.depth_policy,
+            has_response_format=self._formats.available,
         )
 
     async def WatchLoad(

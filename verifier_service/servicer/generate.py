@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from typing import Any, Protocol
 
 import grpc.aio
@@ -15,6 +16,7 @@ from sparkrelay.v1 import verifier_service_pb2 as pb2
 from verifier_service.events import Committed, TurnAccepted, TurnEvent, TurnOver, TurnRefused
 from verifier_service.models import ModelInfo
 from verifier_service.servicer.commit_batch import commit_batch
+from verifier_service.servicer.formats import Formats
 from verifier_service.servicer.hub import Hub
 from verifier_service.servicer.turn_output import TurnOutput, finished_pb
 from verifier_service.servicer.validation import turn_request
@@ -38,11 +40,12 @@ class Identity(Protocol):
 
 async def generate(
     hub: Hub,
+    formats: Formats,
     who: Identity,
     request: pb2.VerifierServiceGenerateRequest,
     context: grpc.aio.ServicerContext[Any, Any],
     received_us: int,
-    draining: bool,
+    draining: Callable[[], bool],
 ) -> None:
     """Runs a turn; whatever ends this coroutine early cancels it."""
     trace = from_metadata(context.invocation_metadata())
@@ -50,10 +53,13 @@ async def generate(
     raw_trace = trace.raw if trace is not None and trace.sampled else b""
     output = TurnOutput(asyncio.get_running_loop(), trace_id, raw_trace)
     try:
-        if draining:
-            raise Refusal(Reason.DRAINING, "this verifier is draining and takes no new turns")
         turn = turn_request(request, who.info, received_us)
-        hub.open_turn(turn.command, turn.drafter_ids, output)
+        command = turn.command
+        if turn.response_format is not None:
+            command = replace(command, grammar=await formats.grammar(turn.response_format))
+        if draining():
+            raise Refusal(Reason.DRAINING, "this verifier is draining and takes no new turns")
+        hub.open_turn(command, turn.drafter_ids, output)
         try:
             while True:
                 events = await output.take()
@@ -62,7 +68,7 @@ async def generate(
                 if output.told_all:
                     return
         finally:
-            hub.close_turn(turn.command)
+            hub.close_turn(command)
     except Refusal as refusal:
         refusal.turn_id, refusal.trace_id = request.turn_id, trace_id
         await abort(context, refusal)

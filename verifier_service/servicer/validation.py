@@ -5,10 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from sparkrelay.outcomes import FieldViolation, Reason, Refusal
+from sparkrelay.response_format import ResponseFormat
 from sparkrelay.sampling import MAX_STOP_IDS, InvalidField
 from sparkrelay.v1 import generation_pb2
 from sparkrelay.v1 import verifier_service_pb2 as pb2
-from sparkrelay.wire import sampling
+from sparkrelay.wire import response_format, sampling
 from verifier_service.events import SpeculationRequest, StartTurn
 from verifier_service.models import ModelInfo
 
@@ -23,10 +24,14 @@ SALT_LIMIT = 64
 
 @dataclass(frozen=True, slots=True)
 class TurnRequest:
-    """A request that can be handed to the engine. drafter_ids: whom to invite, in order; none if no draft will be checked."""
+    """A request that can be handed to the engine, once its response format is compiled.
+
+    drafter_ids  whom to invite, in order; none if no draft will be checked
+    """
 
     command: StartTurn
     drafter_ids: tuple[str, ...]
+    response_format: ResponseFormat | None = None
 
 
 def turn_request(
@@ -77,8 +82,8 @@ def turn_request(
         received_us=received_us,
         tenant_salt=request.prefix_salt,
     )
-    plain = speculation.fixed_depth == 0
-    return TurnRequest(command, () if plain else tuple(request.drafter_ids))
+    drafter_ids = () if speculation.fixed_depth == 0 else tuple(request.drafter_ids)
+    return TurnRequest(command, drafter_ids, _response_format(request, command.stop_ids))
 
 
 def check_session_id(session_id: str) -> None:
@@ -135,6 +140,17 @@ def _check_stop(stop: generation_pb2.StopConditions, info: ModelInfo) -> None:
             "stop.stop_strings",
             "is not served by a verifier, which knows no text; the gateway looks for them",
         )
+
+
+def _response_format(
+    request: pb2.VerifierServiceGenerateRequest, stop_ids: frozenset[int]
+) -> ResponseFormat | None:
+    if not request.HasField("response_format"):
+        return None
+    if not stop_ids:
+        message = "needs an id that ends the turn once the text is complete; send stop.stop_token_ids"
+        raise _invalid("response_format", message)
+    return response_format(request.response_format)
 
 
 def _speculation(pb: generation_pb2.Speculation) -> SpeculationRequest:
