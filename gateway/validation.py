@@ -12,6 +12,7 @@ from gateway.chat import Message
 from gateway.texts import ModelText
 from gateway.tokenizer import Tokenizer
 from sparkrelay.outcomes import FieldViolation, Reason, Refusal
+from sparkrelay.response_format import ResponseFormat
 from sparkrelay.sampling import MAX_LOGIT_BIASES, MAX_STOP_IDS, InvalidField, Sampling
 
 MAX_MESSAGES = 2048
@@ -31,6 +32,7 @@ class RawTurn:
     """A request as it came. Exactly one of text, messages and token_ids is not None in a good one.
 
     fixed_depth  None: the verifier's policy decides; `speculation_off` wins over it
+    response_format  of a good size already; None for any text
     """
 
     text: str | None = None
@@ -54,17 +56,22 @@ class RawTurn:
     fixed_depth: int | None = None
     include_rounds: bool = False
     logprob_count: int | None = None
+    response_format: ResponseFormat | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class ModelLimits:
-    """What a turn must fit: of the model (context_limit, vocab_size, default_stop_ids) and of this gateway."""
+    """What a turn must fit: of the model (context_limit, vocab_size, default_stop_ids) and of this gateway.
+
+    has_response_format  whether every verifier of the model can keep to one
+    """
 
     context_limit: int
     vocab_size: int
     default_stop_ids: tuple[int, ...]
     default_max_tokens: int
     prompt_limit_chars: int
+    has_response_format: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,6 +96,7 @@ class ValidTurn:
     fixed_depth: int | None
     include_rounds: bool
     logprob_count: int | None
+    response_format: ResponseFormat | None
 
 
 def parse_turn(raw: RawTurn, limits: ModelLimits, text: ModelText, draw_seed: int) -> ValidTurn:
@@ -96,6 +104,9 @@ def parse_turn(raw: RawTurn, limits: ModelLimits, text: ModelText, draw_seed: in
     sampling = _sampling(raw, limits.vocab_size, draw_seed)
     _check_stop(raw, limits.vocab_size, text)
     _check_counts(raw)
+    if raw.response_format is not None and not limits.has_response_format:
+        message = "cannot be kept: a verifier of this model has no text or no grammar compiler; leave it out"
+        raise invalid("response_format", message)
     prompt_ids = _prompt_ids(raw, limits, text)
     max_tokens, ends_with_context = _output_limit(raw.max_tokens, len(prompt_ids), limits)
     default_stop_ids = () if raw.ignore_default_stop_ids else limits.default_stop_ids
@@ -112,6 +123,7 @@ def parse_turn(raw: RawTurn, limits: ModelLimits, text: ModelText, draw_seed: in
         fixed_depth=0 if raw.speculation_off else raw.fixed_depth,
         include_rounds=raw.include_rounds,
         logprob_count=raw.logprob_count,
+        response_format=raw.response_format,
     )
 
 

@@ -7,8 +7,14 @@ import os
 import secrets
 import socket
 import sys
+import threading
 import time
+<<<<<<< HEAD
 from collections.abc import Callable, Sequence
+=======
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+>>>>>>> b2928d8 (Response formats at the gateway and in the SDK)
 from dataclasses import replace
 from pathlib import Path
 
@@ -32,22 +38,39 @@ from verifier_service.memory_plan import plan_state, require_room_for_weights
 from verifier_service.models import ModelInfo, TargetModel
 from verifier_service.models.toy import toy_model
 from verifier_service.servicer import VerifierIdentity, VerifierServicer
+from verifier_service.servicer.formats import Formats
 from verifier_service.settings import VerifierSettings
 
 log = structlog.get_logger(__name__)
 
+TOKENIZER_FILE = "tokenizer.json"
 THREAD_STOP_S = 2.0
+<<<<<<< HEAD
+=======
+COMPILING_THREADS = 1  # the other cores have work that more people wait for
+STACK_BYTES = 256 * 2**20  # of address space: the grammar library goes as deep as a grammar is long
+SPIN_COUNT = (
+    "10000"  # libgomp's threads give the core back soon enough for the event loop and a drafter beside us
+)
+>>>>>>> b2928d8 (Response formats at the gateway and in the SDK)
 
 
 def main(argv: Sequence[str]) -> int:
     settings = load(VerifierSettings, argv, prog="python -m verifier_service")
     configure_logging(settings.log_level, settings.log_format, "verifier")
+<<<<<<< HEAD
     cores = read_cores()
     threads = plan_threads(cores.compute_count)
     for name, value in threads.environment.items():
         os.environ.setdefault(name, value)  # read when torch is imported, which is later
     log.info("threads", used=settings.threads or threads.verifier, planned=explain(cores, threads))
     return asyncio.run(_serve(settings.model_copy(update={"threads": settings.threads or threads.verifier})))
+=======
+    if (os.cpu_count() or 1) > 4:
+        os.environ.setdefault("GOMP_SPINCOUNT", SPIN_COUNT)  # read when torch is imported, which is later
+    threading.stack_size(STACK_BYTES)
+    return asyncio.run(_serve(settings))
+>>>>>>> b2928d8 (Response formats at the gateway and in the SDK)
 
 
 async def _serve(settings: VerifierSettings) -> int:
@@ -56,6 +79,7 @@ async def _serve(settings: VerifierSettings) -> int:
     device = _Device(settings, lifecycle)
     try:
         engine, model = await device.started()
+        formats = await asyncio.to_thread(load_formats, settings, model.info)
     except (StoreError, UnsupportedModel, ValueError, OSError) as error:
         log.error("cannot start", name="verifier", reason=str(error))
         return 1
@@ -72,6 +96,7 @@ async def _serve(settings: VerifierSettings) -> int:
         load=engine.load,
         crashed=device.crashed,
         now_s=time.monotonic,
+        formats=formats,
     )
     device.servicer = servicer
     spare_rounds()
@@ -86,6 +111,7 @@ async def _serve(settings: VerifierSettings) -> int:
         context_limit=info.context_limit,
         block_count=engine.load().block_count,
         block_tokens=info.block_tokens,
+        response_format=formats.available,
         verifier_id=identity.verifier_id,
         epoch=identity.epoch,
     )
@@ -185,6 +211,21 @@ def load_model(settings: VerifierSettings, free: Callable[[], FreeMemory]) -> Ta
     files = resolve(settings.model)
     require_room_for_weights(files.path, settings.dtype, free())
     return _load_huggingface(settings, files.name, files.path)
+
+
+def load_formats(settings: VerifierSettings, info: ModelInfo) -> Formats:
+    """What compiles response formats for the target of the settings; a model without text has none. Raises as `load_model`."""
+    if not info.tokenizer_hash:
+        return Formats(None, reason=f"{info.model_id} has no text")
+    from verifier_service.grammar_compiler import GrammarCompiler
+
+    file = resolve(settings.model).path / TOKENIZER_FILE
+    try:
+        compiler = GrammarCompiler.load(file, info.vocab_size, info.default_stop_ids)
+    except ValueError as error:
+        log.warning("no response formats", file=str(file), reason=str(error))
+        return Formats(None, reason=f"its tokenizer cannot be read: {error}")
+    return Formats(compiler.compile, ThreadPoolExecutor(COMPILING_THREADS, "grammar"))
 
 
 def _load_huggingface(settings: VerifierSettings, name: str, path: Path) -> TargetModel:

@@ -159,6 +159,7 @@ class FrontDesk:
             ),
             default_max_tokens=self.settings.default_max_tokens,
             prompt_limit_chars=self.settings.prompt_limit_chars,
+            has_response_format=all(host.has_response_format for host in hosts),
         )
 
     def text_of(self, model: str) -> ModelText:

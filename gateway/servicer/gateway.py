@@ -144,6 +144,7 @@ class GatewayServicer(gateway_grpc.GatewayServiceServicer):
                     context_limit=limits.context_limit,
                     vocab_size=limits.vocab_size,
                     has_chat_template=desk.text_of(name).chat is not None,
+                    has_response_format=limits.has_response_format,
                     verifier_count=len(hosts),
                     drafter_count=len(drafters),
                     exact=all(host.exact for host in hosts),

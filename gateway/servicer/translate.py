@@ -13,6 +13,7 @@ from gateway.turn_output import Delta, TurnSummary
 from gateway.turns import TurnRecord
 from gateway.validation import RawTurn, invalid
 from gateway.watchers import SeenRound
+from sparkrelay import wire
 from sparkrelay.v1 import gateway_service_pb2 as gateway_pb
 from sparkrelay.v1 import generation_pb2 as generation_pb
 from sparkrelay.v1 import verifier_service_pb2 as verifier_pb
@@ -48,6 +49,9 @@ def raw_turn(request: gateway_pb.GenerateRequest) -> RawTurn:
         fixed_depth=request.speculation.fixed_depth if mode == Mode.MODE_FIXED else None,
         include_rounds=request.include_rounds,
         logprob_count=request.logprob_count if request.HasField("logprob_count") else None,
+        response_format=wire.response_format(request.response_format)
+        if request.HasField("response_format")
+        else None,
     )
 
 

@@ -15,6 +15,7 @@ from sparkrelay.client.errors import (
     Unauthenticated,
     Unavailable,
 )
+from sparkrelay.client.formats import json_schema, lark, regex
 from sparkrelay.client.results import (
     Delta,
     Drafter,
@@ -65,4 +66,7 @@ __all__ = [
     "Worker",
     "connect",
     "connect_aio",
+    "json_schema",
+    "lark",
+    "regex",
 ]

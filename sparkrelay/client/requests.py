@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from sparkrelay.client.errors import InvalidRequest
+from sparkrelay.client.formats import response_format_pb
 from sparkrelay.outcomes import FieldViolation, Reason
 from sparkrelay.v1 import gateway_service_pb2 as gateway_pb
 from sparkrelay.v1 import generation_pb2 as generation_pb
@@ -25,6 +27,7 @@ class GenerateOptions:
     speculation    "auto", "off" or "fixed:K" with K from 0 to 15
     logprobs       None for none, else how many most likely tokens to report at each position, 0 to 20
     include_rounds True: every delta carries the rounds that committed its tokens
+    response_format  what shape the text must have: json_schema(...), regex(...), lark(...), or a pydantic model class
     """
 
     prompt: str | None = None
@@ -48,6 +51,7 @@ class GenerateOptions:
     speculation: str = "auto"
     logprobs: int | None = None
     include_rounds: bool = False
+    response_format: Mapping[str, Any] | type | None = None
 
 
 def generate_request(options: GenerateOptions, session_id: str = "") -> gateway_pb.GenerateRequest:
@@ -64,7 +68,17 @@ def generate_request(options: GenerateOptions, session_id: str = "") -> gateway_
     except (ValueError, TypeError) as error:
         raise _invalid("sampling", f"cannot be sent: {error}") from error
     request.speculation.CopyFrom(_speculation(options.speculation))
+    _set_format(request, options)
     return request
+
+
+def _set_format(request: gateway_pb.GenerateRequest, options: GenerateOptions) -> None:
+    try:
+        message = response_format_pb(options.response_format)
+    except (ValueError, TypeError) as error:  # text that UTF-8 cannot hold
+        raise _invalid("response_format", f"cannot be sent: {error}") from error
+    if message is not None:
+        request.response_format.CopyFrom(message)
 
 
 def _set_input(request: gateway_pb.GenerateRequest, options: GenerateOptions) -> None:

@@ -160,6 +160,7 @@ class Model:
     verifier_count: int
     drafter_count: int
     exact: bool
+    has_response_format: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -119,6 +119,7 @@ def model(message: gateway_pb.Model) -> results.Model:
         verifier_count=message.verifier_count,
         drafter_count=message.drafter_count,
         exact=message.exact,
+        has_response_format=message.has_response_format,
     )
 
 
