@@ -9,12 +9,8 @@ import socket
 import sys
 import threading
 import time
-<<<<<<< HEAD
 from collections.abc import Callable, Sequence
-=======
-from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
->>>>>>> b2928d8 (Response formats at the gateway and in the SDK)
 from dataclasses import replace
 from pathlib import Path
 
@@ -45,32 +41,20 @@ log = structlog.get_logger(__name__)
 
 TOKENIZER_FILE = "tokenizer.json"
 THREAD_STOP_S = 2.0
-<<<<<<< HEAD
-=======
 COMPILING_THREADS = 1  # the other cores have work that more people wait for
 STACK_BYTES = 256 * 2**20  # of address space: the grammar library goes as deep as a grammar is long
-SPIN_COUNT = (
-    "10000"  # libgomp's threads give the core back soon enough for the event loop and a drafter beside us
-)
->>>>>>> b2928d8 (Response formats at the gateway and in the SDK)
 
 
 def main(argv: Sequence[str]) -> int:
     settings = load(VerifierSettings, argv, prog="python -m verifier_service")
     configure_logging(settings.log_level, settings.log_format, "verifier")
-<<<<<<< HEAD
     cores = read_cores()
     threads = plan_threads(cores.compute_count)
     for name, value in threads.environment.items():
         os.environ.setdefault(name, value)  # read when torch is imported, which is later
     log.info("threads", used=settings.threads or threads.verifier, planned=explain(cores, threads))
-    return asyncio.run(_serve(settings.model_copy(update={"threads": settings.threads or threads.verifier})))
-=======
-    if (os.cpu_count() or 1) > 4:
-        os.environ.setdefault("GOMP_SPINCOUNT", SPIN_COUNT)  # read when torch is imported, which is later
     threading.stack_size(STACK_BYTES)
-    return asyncio.run(_serve(settings))
->>>>>>> b2928d8 (Response formats at the gateway and in the SDK)
+    return asyncio.run(_serve(settings.model_copy(update={"threads": settings.threads or threads.verifier})))
 
 
 async def _serve(settings: VerifierSettings) -> int:

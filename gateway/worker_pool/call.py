@@ -50,11 +50,8 @@ class TurnCommand:
             speculation=_speculation_pb(turn),
             drafter_ids=self.drafter_ids,
             logprob_count=turn.logprob_count,
-<<<<<<< HEAD
             prefix_salt=self.prefix_salt,
-=======
             response_format=wire.response_format_pb(turn.response_format) if turn.response_format else None,
->>>>>>> b2928d8 (Response formats at the gateway and in the SDK)
         )
 
 

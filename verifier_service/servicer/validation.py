@@ -149,7 +149,7 @@ def _response_format(
         return None
     if not stop_ids:
         message = "needs an id that ends the turn once the text is complete; send stop.stop_token_ids"
-        raise _invalid("response_format", message)
+        raise invalid("response_format", message)
     return response_format(request.response_format)
 
 
