@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -54,6 +55,10 @@ def generate(
     stop: Annotated[
         list[str] | None, typer.Option(help="End where this text appears; may be given often.")
     ] = None,
+    json_schema: Annotated[
+        str, typer.Option(metavar="FILE", help="The answer is JSON that meets the JSON schema in this file.")
+    ] = "",
+    regex: Annotated[str, typer.Option(help="The whole answer matches this regular expression.")] = "",
     speculation: Annotated[str, typer.Option(help="off, fixed:K with K from 0 to 15, or auto.")] = "auto",
     session: Annotated[
         str,
@@ -87,6 +92,7 @@ def generate(
         "seed": seed,
         "stop": stop or (),
         "speculation": speculation,
+        "response_format": asked_format(json_schema, regex),
         "include_rounds": True,
     }
     try:
@@ -98,6 +104,20 @@ def generate(
         raise typer.Exit(1) from None
     except KeyboardInterrupt:
         raise typer.Exit(130) from None
+
+
+def asked_format(json_schema: str, regex: str) -> dict[str, Any] | None:
+    """The response format of the flags, None without one."""
+    if json_schema and regex:
+        raise typer.BadParameter("give at most one of --json-schema and --regex")
+    if regex:
+        return {"type": "regex", "pattern": regex}
+    if not json_schema:
+        return None
+    try:
+        return {"type": "json_schema", "schema": Path(json_schema).read_text(encoding="utf-8")}
+    except (OSError, ValueError) as error:
+        raise typer.BadParameter(f"--json-schema: cannot read {json_schema}: {error}") from None
 
 
 def turn_input(

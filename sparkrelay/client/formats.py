@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from sparkrelay.client.errors import InvalidRequest
 from sparkrelay.outcomes import FieldViolation, Reason
 from sparkrelay.v1 import generation_pb2 as generation_pb
 
-_KINDS = "json_schema, json_object, regex or lark"
+_FORMS = (
+    '{"type": "json_schema", "schema": ...}, {"type": "json_object"}, {"type": "regex", "pattern": "..."} '
+    'or {"type": "lark", "grammar": "..."}'
+)
 
 
 def json_schema(schema: Mapping[str, Any] | str | type) -> dict[str, Any]:
@@ -28,7 +31,7 @@ def lark(grammar: str) -> dict[str, Any]:
     return {"type": "lark", "grammar": grammar}
 
 
-def response_format_pb(value: Mapping[str, Any] | type | None) -> generation_pb.ResponseFormat | None:
+def response_format_pb(value: object) -> generation_pb.ResponseFormat | None:
     """The message, None for None. Raises InvalidRequest for what is no response format.
 
     value  what one of the helpers above returns, {"type": "json_object"} for any JSON object, or a pydantic model class
@@ -37,25 +40,17 @@ def response_format_pb(value: Mapping[str, Any] | type | None) -> generation_pb.
         return None
     if isinstance(value, type):
         return generation_pb.ResponseFormat(json_schema=_schema_text(value))
-    if not isinstance(value, Mapping):
-        raise _invalid(f'is a {type(value).__name__}; send {{"type": ...}} with type {_KINDS}')
-    makers: dict[Any, tuple[str | None, Callable[[Any], generation_pb.ResponseFormat]]] = {
-        "json_schema": (
-            "schema",
-            lambda schema: generation_pb.ResponseFormat(json_schema=_schema_text(schema)),
-        ),
-        "json_object": (None, lambda _: generation_pb.ResponseFormat(json_schema='{"type":"object"}')),
-        "regex": ("pattern", lambda text: generation_pb.ResponseFormat(regex=_text("pattern", text))),
-        "lark": ("grammar", lambda text: generation_pb.ResponseFormat(lark_grammar=_text("grammar", text))),
-    }
-    kind = value.get("type")
-    if kind not in makers:
-        raise _invalid(f"has type {kind!r}; send {_KINDS}")
-    key, make = makers[kind]
-    expected = {"type"} if key is None else {"type", key}
-    if set(value) != expected:
-        raise _invalid(f"of type {kind} has the keys {sorted(map(str, value))}; send {sorted(expected)}")
-    return make(value[key] if key is not None else None)
+    given = dict(value) if isinstance(value, Mapping) else {}
+    match given:
+        case {"type": "json_schema", "schema": schema, **others} if not others:
+            return generation_pb.ResponseFormat(json_schema=_schema_text(schema))
+        case {"type": "json_object", **others} if not others:
+            return generation_pb.ResponseFormat(json_schema='{"type":"object"}')
+        case {"type": "regex", "pattern": str(pattern), **others} if not others:
+            return generation_pb.ResponseFormat(regex=pattern)
+        case {"type": "lark", "grammar": str(grammar), **others} if not others:
+            return generation_pb.ResponseFormat(lark_grammar=grammar)
+    raise _invalid(f"has the keys {sorted(map(str, given))} and type {given.get('type')!r}; send {_FORMS}")
 
 
 def _schema_text(schema: Any) -> str:
@@ -71,12 +66,6 @@ def _schema_text(schema: Any) -> str:
         return json.dumps(schema, ensure_ascii=False, allow_nan=False)
     except (TypeError, ValueError, RecursionError) as error:
         raise _invalid(f"has a schema that is no JSON: {error}") from error
-
-
-def _text(key: str, value: Any) -> str:
-    if not isinstance(value, str):
-        raise _invalid(f"has a {key} that is no text")
-    return value
 
 
 def _invalid(message: str) -> InvalidRequest:
