@@ -38,7 +38,7 @@ class Grammar:
 
     def begin(self, output_ids: Iterable[int], stop_ids: Collection[int]) -> GrammarState:
         """The state behind the output a turn has already, for one that is replayed; behind nothing for a new one."""
-        state = GrammarState(self._matcher.deep_copy(), self._vocab_size, self._end_ids, stop_ids)
+        state = GrammarState(self._matcher, self._vocab_size, self._end_ids, stop_ids)
         for token_id in output_ids:
             state.append(token_id)
         return state
@@ -50,31 +50,33 @@ class GrammarState:
     Tokens that do not fit can be appended: from there on nothing is allowed, until they are taken back.
     """
 
-    __slots__ = ("_end_ids", "_fitting", "_length", "_matcher", "_stop_ids", "_vocab_size")
+    __slots__ = ("_beginning", "_end_ids", "_fitting", "_length", "_matcher", "_stop_ids", "_vocab_size")
 
     def __init__(
         self,
-        matcher: llguidance.LLMatcher,
+        beginning: llguidance.LLMatcher,
         vocab_size: int,
         end_ids: np.typing.NDArray[np.int64],
         stop_ids: Collection[int],
     ) -> None:
-        self._matcher = matcher
+        self._beginning = beginning
+        self._matcher = beginning.deep_copy()
         self._vocab_size = vocab_size
         self._end_ids = end_ids
         self._stop_ids = np.array(sorted(stop_ids), dtype=np.int64)
         self._length = 0  # tokens of output
-        self._fitting = 0  # of these, the first ones, which the matcher has taken
+        self._fitting: list[int] = []  # the first of them, which the matcher has taken
 
     @property
     def complete(self) -> bool:
         """Whether the text may end here."""
-        return self._fitting == self._length and self._matcher.is_accepting()
+        return len(self._fitting) == self._length and self._matcher.is_accepting()
 
     def allowed(self) -> BoolRow:
-        if self._fitting < self._length:
+        if len(self._fitting) < self._length:
             raise NothingAllowed(
-                f"response_format: token {self._fitting} of the output is not one that it allows; "
+                self._error()
+                or f"response_format: token {len(self._fitting)} of the output is not one that it allows; "
                 "replay what the turn has produced, nothing else"
             )
         if self._matcher.is_stopped():
@@ -82,10 +84,8 @@ class GrammarState:
         else:
             words = np.frombuffer(self._matcher.compute_bitmask(), dtype=np.uint8)
             mask = np.unpackbits(words, count=self._vocab_size, bitorder="little").view(np.bool_)
-        # Which of both it is, only the library knows now: the end of the text, a dead end, or a limit.
-        error = self._matcher.get_error()
-        if error:
-            raise NothingAllowed(_explain(error, self._length))
+        if error := self._error():
+            raise NothingAllowed(error)
         mask[self._end_ids] = False
         mask[self._stop_ids] = self._matcher.is_accepting()
         if not mask.any():
@@ -93,17 +93,27 @@ class GrammarState:
         return mask
 
     def append(self, token_id: int, /) -> None:
-        if self._fitting == self._length and token_id not in self._stop_ids:
-            self._fitting += self._matcher.try_consume_tokens([token_id])
+        fits = len(self._fitting) == self._length and token_id not in self._stop_ids
+        if fits and self._matcher.try_consume_tokens([token_id]):
+            self._fitting.append(token_id)
         self._length += 1
 
     def truncate(self, count: int, /) -> None:
         assert 0 <= count <= self._length, "a state goes back, not forward"
-        if count < self._fitting:
-            taken_back = self._matcher.rollback(self._fitting - count)
-            assert taken_back, self._matcher.get_error()
-            self._fitting = count
+        taken_back = len(self._fitting) - count
+        if taken_back > 0:
+            del self._fitting[count:]
+        if self._matcher.is_error():  # which is for good
+            self._matcher = self._beginning.deep_copy()
+            self._matcher.try_consume_tokens(self._fitting)
+        elif taken_back > 0:
+            self._matcher.rollback(taken_back)
         self._length = count
+
+    def _error(self) -> str:
+        """Why the matcher cannot go on, "" if it can: a dead end, or a limit."""
+        error = self._matcher.get_error()
+        return _explain(error, len(self._fitting)) if error else ""
 
 
 def _explain(error: str, length: int) -> str:

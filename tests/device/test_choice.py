@@ -108,7 +108,45 @@ def test_a_grammar_that_allows_nothing_leaves_no_candidate() -> None:
     nothing = np.zeros(VOCAB_SIZE, dtype=bool)
     for sampling in (Sampling(), Sampling(temperature=1.0), Sampling(temperature=1.0, top_p=0.9)):
         with pytest.raises(noise.NoCandidate):
-            Chooser(sampling, (), [1], 1).choose(some_rows(seed=3, count=1)[0], nothing)
+            choose_token(some_rows(seed=3, count=1)[0], sampling, None, (), 1, 0, nothing)
+
+
+class OddThenEven:
+    """A mask that follows the output: odd ids where its length is even, even ones where it is odd."""
+
+    def __init__(self, length: int = 0) -> None:
+        self.length = length
+
+    def allowed(self) -> npt.NDArray[np.bool_]:
+        return np.arange(VOCAB_SIZE) % 2 != self.length % 2
+
+    def append(self, token_id: int) -> None:
+        self.length += 1
+
+    def truncate(self, count: int) -> None:
+        self.length = count
+
+
+@settings(max_examples=60, deadline=None)
+@given(sampling=SAMPLINGS, rows_seed=st.integers(0, 2**32), taken_back=st.integers(1, 5))
+def test_a_mask_follows_the_chooser_forward_and_back(
+    sampling: Sampling, rows_seed: int, taken_back: int
+) -> None:
+    rows = some_rows(rows_seed, count=8)
+    prompt = [1, 2, 3]
+    chooser = Chooser(sampling, (), prompt, 3, OddThenEven())
+    for token_id in (7, 9, 11, 13, 15):
+        chooser.append(token_id)
+    chooser.truncate(8 - taken_back)
+    tokens = [*prompt, 7, 9, 11, 13, 15][: 8 - taken_back]
+    straight = Chooser(sampling, (), tokens, 3, OddThenEven(len(tokens) - 3))
+    for row in rows:
+        token_id = chooser.choose(row)
+        assert token_id == straight.choose(row)
+        assert token_id % 2 != (len(tokens) - 3) % 2
+        for each in (chooser, straight):
+            each.append(token_id)
+        tokens.append(token_id)
 
 
 @pytest.mark.parametrize("length", [2, 5])

@@ -281,3 +281,35 @@ def test_the_grammar_mask_is_applied_after_bias_and_before_top_k() -> None:
     mask = np.array([False, True, True, True])
     sampling = Sampling(temperature=1.0, top_k=2, logit_bias=((0, 50.0), (3, 3.0)))
     assert kept_ids(filter_row(row, sampling, None, (), 0, mask)) == [1, 3]
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    row=ROWS,
+    sampling=st.builds(
+        Sampling,
+        temperature=st.sampled_from([0.0, 0.2, 1.0, 3.0]),
+        top_k=st.sampled_from([0, 1, 7]),
+        top_p=st.sampled_from([1.0, 0.7, 0.01]),
+        min_p=st.sampled_from([0.0, 0.1, 1.0]),
+        repetition_penalty=st.sampled_from([1.0, 1.5, 0.5]),
+        presence_penalty=st.sampled_from([0.0, 100.0]),
+        min_tokens=st.sampled_from([0, 9]),
+    ),
+    allowed_share=st.sampled_from([0.0, 0.02, 0.5]),
+    seed=st.integers(0, 2**32),
+)
+def test_no_filter_lets_through_what_the_grammar_forbids_or_makes_no_number_of_it(
+    row: FloatRow, sampling: Sampling, allowed_share: float, seed: int
+) -> None:
+    generator = np.random.default_rng(seed)
+    mask = generator.random(row.size) < allowed_share
+    mask[generator.integers(0, row.size)] = True  # a grammar allows at least one, or says so
+    stop_ids = {int(generator.integers(0, row.size))}
+    history = [int(i) for i in generator.integers(0, row.size, size=6)]
+    support = filter_row(row, sampling, TokenCounts(history, 2), stop_ids, 3, mask)
+    assert not np.isnan(support.logits).any()
+    kept = kept_ids(support)
+    assert kept and all(mask[token_id] for token_id in kept)
+    if sampling.min_tokens and not filters.allows_only(mask, stop_ids):
+        assert not stop_ids & set(kept)

@@ -18,6 +18,7 @@ from verifier_service.events import (
     SpeculationRequest,
     StartTurn,
 )
+from verifier_service.grammar import Grammar
 from verifier_service.models import TargetModel
 from verifier_service.models.toy import ToyModel
 
@@ -39,6 +40,7 @@ def turn(
     expect_drafter: bool = False,
     logprob_count: int | None = None,
     tenant_salt: bytes = b"",
+    grammar: Grammar | None = None,
 ) -> StartTurn:
     start = keep_len + len(append_ids) if output_start is None else output_start
     return StartTurn(
@@ -55,6 +57,7 @@ def turn(
         expect_drafter=expect_drafter,
         logprob_count=logprob_count,
         tenant_salt=tenant_salt,
+        grammar=grammar,
     )
 
 

@@ -15,7 +15,10 @@ _OWN_SEQUENCE = -1
 def decode(model: TargetModel, prompt: Sequence[int], command: StartTurn, context_limit: int) -> list[int]:
     """The turn's output after `prompt`: the whole of its tokens is read again for each token."""
     ids = list(prompt)
-    chooser = Chooser(command.sampling, command.stop_ids, ids, command.output_start)
+    mask = None
+    if command.grammar is not None:
+        mask = command.grammar.begin(ids[command.output_start :], command.stop_ids)
+    chooser = Chooser(command.sampling, command.stop_ids, ids, command.output_start, mask)
     model.open(_OWN_SEQUENCE)
     model.resize(_OWN_SEQUENCE, range(context_limit))
     read = 0

@@ -116,9 +116,9 @@ class CountingChooser(Chooser):
 
     looked_at = 0
 
-    def choose(self, row: npt.NDArray[np.float32], mask: npt.NDArray[np.bool_] | None = None) -> int:
+    def choose(self, row: npt.NDArray[np.float32]) -> int:
         self.looked_at += 1
-        return super().choose(row, mask)
+        return super().choose(row)
 
 
 def greedy_chooser() -> CountingChooser:
