@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator
+from collections.abc import Generator, Iterator
 
 import pytest
 
@@ -24,6 +24,17 @@ def demo_model() -> ModelFiles:
     except StoreError as error:
         unavailable(DEMO_MODEL, error.message, f"sparkrelay models pull {DEMO_MODEL}")
     return resolve(DEMO_MODEL)
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """The bits are the same, and threads that meet at barriers crawl on a machine that is busy otherwise."""
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.hookimpl(wrapper=True, tryfirst=True)

@@ -89,7 +89,9 @@ def plan_stack(
     drafters = tuple(
         plan_drafter(options, number, dialled, cores, pick_port) for number in range(1, count + 1)
     )
-    dialling = ("--verifiers", verifier.listen, *QUICK_REDIAL)
+    dialling = ["--verifiers", verifier.listen, *QUICK_REDIAL]
+    if options.model.partition(":")[0] != "toy":
+        dialling += ["--tokenizer", options.model]  # of a folder, a verifier tells only the name
     gateway = _process(options, "gateway", GATEWAY_PORT, pick_port, dialling, "gateway")
     return StackPlan(verifier, drafters, gateway, options.model)
 

@@ -44,6 +44,13 @@ def test_threads_and_their_spinning_are_those_of_the_plan() -> None:
             assert process.environment == threads.environment
 
 
+def test_the_gateway_finds_the_text_of_a_model_in_a_folder_and_asks_for_none_of_a_toy() -> None:
+    plan = plan_stack(StackOptions(model="./models/mine"), 2, free_port)
+    assert argument(plan.gateway.arguments, "--tokenizer") == "./models/mine"
+    for toy in ("toy", "toy:free"):
+        assert "--tokenizer" not in plan_stack(StackOptions(model=toy), 2, free_port).gateway.arguments
+
+
 def test_drafter_none_is_a_stack_without_drafters() -> None:
     assert plan_stack(StackOptions(drafter="none"), 2, free_port).drafters == ()
 

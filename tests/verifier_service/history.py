@@ -121,6 +121,7 @@ class History:
     # ---- what happens to the engine ---------------------------------------------------------------------------------
 
     def _end_session(self, session_id: str) -> None:
+        self.counts["ended"] += session_id in self.ids
         self._step([EndSession(session_id)])
         self.ids.pop(session_id, None)
 
@@ -246,7 +247,9 @@ class History:
         turn = self.turns[event.turn_id]
         command = turn.command
         assert not turn.accepted and not turn.output
-        prompt = self.ids.get(command.session_id, [])[: command.keep_len] + list(command.append_ids)
+        before = self.ids.get(command.session_id, [])
+        self.counts["rewound"] += 0 < command.keep_len < len(before)
+        prompt = before[: command.keep_len] + list(command.append_ids)
         assert event.prompt_token_count == command.output_start
         assert 0 <= event.cached_token_count <= min(command.output_start, len(prompt) - 1)
         self.counts["cached"] += event.cached_token_count
@@ -276,6 +279,7 @@ class History:
         ids = self.ids[turn.command.session_id]
         assert turn.accepted and event.start == len(ids) and event.token_ids
         ids.extend(event.token_ids)
+        self.counts["extended"] += len(event.token_ids)
         turn.output.extend(event.token_ids)
         assert turn.output == turn.expected[: len(turn.output)], "not what the target alone would have said"
         assert len(event.logprobs) == (0 if turn.command.logprob_count is None else len(event.token_ids))
@@ -321,6 +325,7 @@ class History:
         member = self._member(event.member_id)
         if member is not None:
             assert not member.added and event.keep_tokens in (0, len(member.ids))
+            self.counts["joined"] += 1
             member.added = True
             del member.ids[event.keep_tokens :]
 
@@ -338,6 +343,7 @@ class History:
         member = self._member(event.member_id)
         if member is not None:
             assert not member.turn_id and event.length < len(member.ids)
+            self.counts["drafter rewound"] += 1
             del member.ids[event.length :]
 
     def _context(self, event: MemberContext) -> None:

@@ -24,6 +24,11 @@ def test_no_schedule_drafter_or_shortage_changes_a_token(part: int) -> None:
         except AssertionError as error:
             raise AssertionError(f"History({seed}).run() says: {error}") from error
     for what in (
+        "joined",
+        "extended",
+        "rewound",
+        "drafter rewound",
+        "ended",
         "drafted",
         "verified",
         "accepted",

@@ -241,8 +241,11 @@ def test_a_rewind_of_any_depth_goes_on_as_if_the_rest_had_never_been(depth: int)
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(300)  # two readings of 1,024 tokens by a real model, on however busy a machine
-def test_the_demo_model_says_the_same_with_a_borrowed_beginning(demo_model: ModelFiles) -> None:
+@pytest.mark.timeout(600)  # two readings of 1,024 tokens by a real model, on however busy a machine
+@pytest.mark.usefixtures("one_thread")
+def test_the_demo_model_says_the_same_with_a_borrowed_beginning_and_after_going_back(
+    demo_model: ModelFiles,
+) -> None:
     from verifier_service.models.huggingface import HuggingFaceModel
 
     model = HuggingFaceModel.load(demo_model.path, model_id="demo")
@@ -255,6 +258,29 @@ def test_the_demo_model_says_the_same_with_a_borrowed_beginning(demo_model: Mode
     driver.run(turn("a", "a", [*shared, 504, 505, 506], max_tokens=1))
     assert cached(driver, command) == 1024
     assert driver.output("b") == alone.output("b")
+    for each in (alone, driver):
+        each.step(EndSession("a"), EndSession("b"))
+    rewinds_by_1_and_100(Driver(model, block_count=8, leftover_percent=0))
+
+
+def rewinds_by_1_and_100(driver: Driver) -> None:
+    """What is said after going back equals what a fresh session says after the same tokens."""
+    prompt = [(i * i * 17 + i) % 40_000 + 100 for i in range(120)]
+    driver.run(turn("s", "first", prompt, max_tokens=8))
+    ids = prompt + driver.output("first")
+    assert len(ids) == 128
+    for depth in (1, 100):
+        keep_len = len(ids) - depth
+        kept = ids[:keep_len]
+        command = turn("s", f"back {depth}", (500, 600), keep_len=keep_len, keep_hash=chain_hash(kept))
+        assert cached(driver, command) == min(keep_len, 127), "the anchor has no state"
+        driver.run(EndSession("s"))
+        assert cached(driver, turn("fresh", f"fresh {depth}", [*kept, 500, 600])) == 0
+        assert driver.output(f"fresh {depth}") == driver.output(f"back {depth}")
+        driver.run(EndSession("fresh"))
+        if depth == 1:
+            driver.run(turn("s", "again", prompt, max_tokens=8))
+            assert driver.output("again") == ids[120:]
 
 
 @pytest.fixture(scope="module")
