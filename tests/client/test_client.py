@@ -104,8 +104,11 @@ async def test_a_turn_whose_connection_was_never_made_is_sent_again_and_runs_onc
     refuse_abstract(Gateway)
     async with sparkrelay.aio.connect(f"127.0.0.1:{port}") as client:
         turn = asyncio.create_task(client.generate(token_ids=PROMPT))
-        while client._channel.get_state() is not grpc.ChannelConnectivity.TRANSIENT_FAILURE:
-            await client._channel.wait_for_state_change(client._channel.get_state())
+        state = client._channel.get_state()
+        # Asked once a turn of the loop: without a server TRANSIENT_FAILURE stays, so waiting for a change from it never ends.
+        while state is not grpc.ChannelConnectivity.TRANSIENT_FAILURE:
+            await client._channel.wait_for_state_change(state)
+            state = client._channel.get_state()
         server = grpc.aio.server()
         gateway_grpc.add_GatewayServiceServicer_to_server(Gateway(), server)
         server.add_insecure_port(f"127.0.0.1:{port}")
