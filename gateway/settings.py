@@ -69,6 +69,18 @@ class GatewaySettings(ServiceSettings):
         description="Keeps what was read for one tenant from being reused for another, or by a gateway with another secret; "
         "gateways with the same one share. Give it by SPARKRELAY_GATEWAY_PREFIX_SALT_SECRET, not on a command line.",
     )
+    resume_keep_ms: int = Field(
+        120_000,
+        ge=1,
+        le=3_600_000,
+        description="A turn that was asked for with linger_ms can be resumed for so long after its end.",
+    )
+    resume_limit_mib: int = Field(
+        64,
+        ge=1,
+        le=1_000_000,
+        description="Memory for what turns may be resumed from; beyond it, the oldest goes.",
+    )
     connect_timeout_ms: int = Field(3000, ge=1, description="Time for a verifier's first answer.")
     silence_limit_ms: int = Field(
         5000, ge=1, description="A verifier without a load report for so long is lost."

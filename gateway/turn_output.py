@@ -74,13 +74,21 @@ class TurnSummary:
 
 @dataclass(frozen=True, slots=True)
 class Delta:
-    """What may be shown since the last one. `logprobs` has an entry a token, or none at all."""
+    """What may be shown since the last one. `logprobs` has an entry a token, or none at all.
+
+    index       of its first token in the turn's output
+    text_index  of its first character in the turn's text
+    text_ends   for each token, how many characters of the turn's text there are once its own are known: a character
+                belongs to the token that completes it
+    """
 
     index: int
     token_ids: tuple[int, ...]
     text: str
     logprobs: tuple[Any, ...]
     rounds: tuple[RoundCounts, ...]
+    text_index: int
+    text_ends: tuple[int, ...]
 
 
 class TurnOutput:
@@ -109,6 +117,7 @@ class TurnOutput:
         self._stops = StopStrings(stop_strings) if stop_strings else None
         self._include_rounds = include_rounds
         self._text_len = 0  # characters that the detokeniser has given
+        self._shown_text_len = 0
         self._text: list[str] = []  # may be shown
         self._rounds: list[RoundCounts] = []
         self._waiting: list[tuple[int, Any, int]] = []  # (id, logprob, length of the text that it is part of)
@@ -152,8 +161,11 @@ class TurnOutput:
             text="".join(self._text),
             logprobs=tuple(logprob for _, logprob, _ in tokens if logprob is not None),
             rounds=tuple(self._rounds),
+            text_index=self._shown_text_len,
+            text_ends=tuple(text_end for _, _, text_end in tokens),
         )
         self.shown_count += len(tokens)
+        self._shown_text_len += len(delta.text)
         self._text.clear()
         self._rounds.clear()
         return delta if delta.token_ids or delta.text or delta.rounds else None

@@ -43,7 +43,7 @@ async def refuse(
 ) -> NoReturn:
     """Ends the call with a refusal that names the turn and the trace."""
     refusal.turn_id = refusal.turn_id or turn_id
-    refusal.trace_id = trace.trace_id if trace else refusal.trace_id
+    refusal.trace_id = refusal.trace_id or (trace.trace_id if trace else "")
     log.info("refused", reason=refusal.reason.name, message=refusal.message, turn_id=refusal.turn_id)
     await abort(context, refusal)
 
@@ -52,11 +52,15 @@ async def fail(
     context: Any, error: Exception, *, turn_id: str = "", trace: TraceContext | None = None
 ) -> NoReturn:
     """Ends the call as a bug of ours: the log has it, the caller has the ids to find it there."""
+    await abort(context, internal(error, turn_id=turn_id, trace=trace))
+
+
+def internal(error: Exception, *, turn_id: str = "", trace: TraceContext | None = None) -> Refusal:
+    """A bug of ours as the refusal that callers see, once it is in the log."""
     log.error("a call failed", turn_id=turn_id, trace_id=trace.trace_id if trace else "", exc_info=error)
-    refusal = Refusal(
+    return Refusal(
         Reason.INTERNAL,
         "The gateway failed: a bug. Its log has it under this turn and trace id.",
         turn_id=turn_id,
         trace_id=trace.trace_id if trace else "",
     )
-    await abort(context, refusal)

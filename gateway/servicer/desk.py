@@ -7,10 +7,11 @@ import contextlib
 import datetime
 from collections.abc import Callable, Coroutine, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import structlog
 
+from gateway.journal import Journal
 from gateway.sessions import Session, SessionTable
 from gateway.settings import GatewaySettings
 from gateway.tenants import prefix_salt
@@ -43,6 +44,14 @@ class Outside:
     random_bytes: Callable[[int], bytes]
 
 
+class RunningTurn(Protocol):
+    """A turn under way."""
+
+    def end(self, refusal: Refusal) -> None:
+        """Ends it from outside: whoever reads it is told this refusal."""
+        ...
+
+
 class FrontDesk:
     """The state of one gateway. Used from one event loop; `start` and `close` it there."""
 
@@ -57,10 +66,11 @@ class FrontDesk:
         self.sessions = SessionTable(settings.max_sessions, settings.session_idle_limit_ms * 1000)
         self.turns = RecentTurns(settings.recent_turns, settings.turn_rounds)
         self.board = RoundBoard(settings.watcher_rounds)
+        self.journal = Journal(settings.resume_limit_mib * 1024 * 1024, settings.resume_keep_ms * 1000)
         self.draining = False
         self._on_ready = on_ready
         self._texts: dict[tuple[str, str], ModelText] = {}
-        self._turn_count = 0
+        self._running: dict[str, RunningTurn] = {}
         self._turn_ended = asyncio.Event()
         self._background: set[asyncio.Task[None]] = set()
         times = WorkerTimes(
@@ -79,7 +89,7 @@ class FrontDesk:
     def start(self) -> None:
         """Dials the verifiers and begins to sweep idle sessions."""
         self.pool.start()
-        self._in_background(self._sweep())
+        self.in_background(self._sweep())
 
     async def drain(self, seconds: float) -> None:
         """Takes no more turns, lets those under way end, and cuts off what has not ended shortly before `seconds` are over."""
@@ -101,22 +111,30 @@ class FrontDesk:
         await self.pool.close()
 
     @contextlib.contextmanager
-    def turn_permit(self) -> Iterator[None]:
-        """Held from a turn's arrival to the end of its stream. Raises Refusal if there is none left, or the gateway leaves."""
+    def turn_permit(self, turn_id: str, turn: RunningTurn) -> Iterator[None]:
+        """Held from a turn's arrival to its end. Raises Refusal if there is none left, or the gateway leaves."""
         if self.draining:
             raise Refusal(Reason.DRAINING, "The gateway is leaving and takes no more turns. Try again.")
-        if self._turn_count >= self.settings.max_turns:
+        if len(self._running) >= self.settings.max_turns:
             raise Refusal(
                 Reason.OVERLOADED,
-                f"{self._turn_count} turns are under way, the most this gateway takes. Try again a little later.",
+                f"{len(self._running)} turns are under way, the most this gateway takes. Try again a little later.",
                 retry_after_ms=self.settings.overload_retry_ms,
             )
-        self._turn_count += 1
+        self._running[turn_id] = turn
         try:
             yield
         finally:
-            self._turn_count -= 1
+            del self._running[turn_id]
             self._turn_ended.set()
+
+    def cancel_turn(self, turn_id: str, why: str) -> None:
+        """Ends a turn under way; one that is over stays as it is. Raises Refusal if it is unknown."""
+        turn = self._running.get(turn_id)
+        if turn is None:
+            self.turns.get(turn_id)
+            return
+        turn.end(Refusal(Reason.CANCELLED, f"The turn was cancelled: {why}. Its tokens so far stay valid."))
 
     def new_id(self, kind: str) -> str:
         """An id that cannot be guessed."""
@@ -189,7 +207,7 @@ class FrontDesk:
         """Frees what a verifier holds of a session that has ended here."""
         if session.binding is not None:
             worker = self.pool.worker(session.binding.address)
-            self._in_background(worker.end_session(session.session_id))
+            self.in_background(worker.end_session(session.session_id))
 
     async def _load_text(self, description: Description) -> None:
         key = (description.model_id, description.tokenizer_hash)
@@ -205,7 +223,7 @@ class FrontDesk:
                 log.info("text", model=model, without_text=text.reason, without_messages=text.chat_reason)
 
     async def _until_idle(self) -> None:
-        while self._turn_count:
+        while self._running:
             self._turn_ended.clear()
             await self._turn_ended.wait()
 
@@ -214,8 +232,10 @@ class FrontDesk:
             await asyncio.sleep(SWEEP_S)
             for session in self.sessions.expire(self.outside.clock_us()):
                 self.release(session)
+            self.journal.expire(self.outside.clock_us())
 
-    def _in_background(self, work: Coroutine[Any, Any, None]) -> None:
+    def in_background(self, work: Coroutine[Any, Any, None]) -> None:
+        """Runs it in a task that ends at the latest with the gateway."""
         task = asyncio.create_task(work)
         self._background.add(task)
         task.add_done_callback(self._background.discard)

@@ -12,6 +12,7 @@ from gateway.servicer import translate
 from gateway.servicer.answers import answering, fail, refuse
 from gateway.servicer.desk import FrontDesk
 from gateway.servicer.fork import fork_session
+from gateway.servicer.lingering import LingeringTurns
 from gateway.servicer.turn import TurnRun
 from gateway.tenants import tenant_of
 from gateway.validation import check_id, invalid
@@ -28,23 +29,37 @@ class GatewayServicer(gateway_grpc.GatewayServiceServicer):
 
     def __init__(self, desk: FrontDesk) -> None:
         self._desk = desk
+        self._lingering = LingeringTurns(desk)
 
     async def Generate(
         self, request: gateway_pb.GenerateRequest, context: Any
     ) -> AsyncGenerator[gateway_pb.GenerateResponse, None]:
-        outside = self._desk.outside
-        trace = from_metadata(context.invocation_metadata()) or new_trace_context(outside.random_bytes)
-        run = TurnRun(self._desk, request, trace, context.time_remaining, tenant_of(context))
+        trace = from_metadata(context.invocation_metadata())
+        turn_id = request.resume.turn_id if request.WhichOneof("input") == "resume" else ""
         try:
-            async with aclosing(run.responses()) as responses:
-                async for response in responses:
-                    yield response
+            if request.WhichOneof("input") == "resume":
+                events = self._lingering.resume(request)
+            else:
+                trace = trace or new_trace_context(self._desk.outside.random_bytes)
+                run = TurnRun(self._desk, request, trace, context.time_remaining, tenant_of(context))
+                turn_id = run.turn_id
+                events = self._lingering.start(run, request.linger_ms) if request.linger_ms else run.events()
+            async with aclosing(events):
+                async for event in events:
+                    yield translate.event_pb(event)
         except Refusal as refusal:
-            await refuse(context, refusal, turn_id=run.turn_id, trace=trace)
+            await refuse(context, refusal, turn_id=turn_id, trace=trace)
         except grpc.aio.AbortError:
             raise
         except Exception as error:  # noqa: BLE001  the boundary: logged there
-            await fail(context, error, turn_id=run.turn_id, trace=trace)
+            await fail(context, error, turn_id=turn_id, trace=trace)
+
+    @answering
+    async def CancelTurn(
+        self, request: gateway_pb.CancelTurnRequest, context: Any
+    ) -> gateway_pb.CancelTurnResponse:
+        self._desk.cancel_turn(check_id("turn_id", request.turn_id), "CancelTurn was called")
+        return gateway_pb.CancelTurnResponse()
 
     @answering
     async def CreateSession(
@@ -90,15 +105,6 @@ class GatewayServicer(gateway_grpc.GatewayServiceServicer):
         if session is not None:
             self._desk.release(session)
         return gateway_pb.EndSessionResponse()
-
-    @answering
-    async def CancelTurn(
-        self, request: gateway_pb.CancelTurnRequest, context: Any
-    ) -> gateway_pb.CancelTurnResponse:
-        raise Refusal(
-            Reason.NOT_IMPLEMENTED,
-            "Turns cannot be cancelled by their id in this version. Cancel the call that runs the turn, or end its session.",
-        )
 
     @answering
     async def GetTurn(self, request: gateway_pb.GetTurnRequest, context: Any) -> gateway_pb.GetTurnResponse:

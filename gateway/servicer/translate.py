@@ -59,34 +59,41 @@ def _messages(chat: gateway_pb.ChatMessages) -> tuple[Message, ...]:
     return tuple(Message(message.role, message.content) for message in chat.messages)
 
 
+def event_pb(event: gateway_pb.TurnAccepted | Delta | TurnSummary) -> gateway_pb.GenerateResponse:
+    match event:
+        case Delta():
+            return gateway_pb.GenerateResponse(delta=delta_pb(event))
+        case TurnSummary():
+            return gateway_pb.GenerateResponse(finished=finished_pb(event))
+        case _:
+            return gateway_pb.GenerateResponse(started=event)
+
+
 def accepted_pb(
     record: TurnRecord, placement: Placement, seed: int, started: verifier_pb.VerifierTurnStarted
-) -> gateway_pb.GenerateResponse:
-    return gateway_pb.GenerateResponse(
-        started=gateway_pb.TurnAccepted(
-            turn_id=record.turn_id,
-            trace_id=record.trace_id,
-            session_id=record.session_id,
-            model=record.model,
-            seed=seed,
-            prompt_token_count=started.prompt_token_count,
-            verifier_id=started.verifier_id,
-            drafter_id=placement.drafter_ids[0] if placement.drafter_ids else "",
-            no_drafter_reason=placement.no_drafter_reason,
-            cached_token_count=started.cached_token_count,
-        )
+) -> gateway_pb.TurnAccepted:
+    return gateway_pb.TurnAccepted(
+        turn_id=record.turn_id,
+        trace_id=record.trace_id,
+        session_id=record.session_id,
+        model=record.model,
+        seed=seed,
+        prompt_token_count=started.prompt_token_count,
+        verifier_id=started.verifier_id,
+        drafter_id=placement.drafter_ids[0] if placement.drafter_ids else "",
+        no_drafter_reason=placement.no_drafter_reason,
+        cached_token_count=started.cached_token_count,
     )
 
 
-def delta_pb(delta: Delta) -> gateway_pb.GenerateResponse:
-    return gateway_pb.GenerateResponse(
-        delta=gateway_pb.TurnDelta(
-            index=delta.index,
-            token_ids=delta.token_ids,
-            text=delta.text,
-            logprobs=delta.logprobs,
-            rounds=_reports(delta.rounds),
-        )
+def delta_pb(delta: Delta) -> gateway_pb.TurnDelta:
+    return gateway_pb.TurnDelta(
+        index=delta.index,
+        token_ids=delta.token_ids,
+        text=delta.text,
+        logprobs=delta.logprobs,
+        rounds=_reports(delta.rounds),
+        text_index=delta.text_index,
     )
 
 

@@ -22,7 +22,7 @@ from gateway.servicer import translate
 from gateway.servicer.desk import FrontDesk
 from gateway.sessions import Session, TurnPlan
 from gateway.texts import ModelText
-from gateway.turn_output import Timing, TurnOutput, TurnSummary, Usage
+from gateway.turn_output import Delta, Timing, TurnOutput, TurnSummary, Usage
 from gateway.turns import TurnRecord
 from gateway.validation import ValidTurn, check_id, invalid, parse_turn
 from gateway.worker_pool import Event, TurnCommand, VerifierCall
@@ -34,8 +34,9 @@ from sparkrelay.v1 import verifier_service_pb2 as verifier_pb
 
 log = structlog.get_logger(__name__)
 
-Response = gateway_pb.GenerateResponse
-Responses = AsyncGenerator[Response, None]
+# In this order: one TurnAccepted, any number of Deltas, one TurnSummary.
+TurnEvent = gateway_pb.TurnAccepted | Delta | TurnSummary
+TurnEvents = AsyncGenerator[TurnEvent, None]
 TimeLeft = Callable[[], float | None]
 
 # Longer input is tokenised on a thread: the tokenizer takes about a microsecond a character and lets others run meanwhile.
@@ -53,7 +54,7 @@ class Job:
 
 
 class TurnRun:
-    """A Generate call. `responses` is its stream; the ids are known before anything can fail.
+    """One turn. `events` is what comes of it; the ids are known before anything can fail.
 
     time_left  seconds of the caller's deadline that are left, None without one
     tenant     who asks
@@ -76,30 +77,33 @@ class TurnRun:
         self._arrived_us = desk.outside.clock_us()
         self._handed_us = self._accepted_us = self._first_token_us = self._cached_count = 0
         self._started: verifier_pb.VerifierTurnStarted | None = None
+        self._call: VerifierCall | None = None
+        self._ended_for: Refusal | None = None  # somebody else than the caller ended it
         self._cancelled = False
 
-    async def responses(self) -> Responses:
+    async def events(self) -> TurnEvents:
         """Raises Refusal."""
-        with self._desk.turn_permit():
+        with self._desk.turn_permit(self.turn_id, self):
             job = await self._enter()
             try:
-                async with aclosing(self._attempts(job)) as responses:
-                    async for response in responses:
-                        yield response
+                async with aclosing(self._attempts(job)) as events:
+                    async for event in events:
+                        yield event
             except (asyncio.CancelledError, GeneratorExit):
                 self._cancelled = True
                 raise
             finally:
                 self._settle(job)
 
+    def end(self, refusal: Refusal) -> None:
+        """Ends the turn from outside: whoever reads its events is told this refusal."""
+        self._ended_for = refusal
+        self._cancelled = refusal.reason is Reason.CANCELLED
+        if self._call is not None:
+            self._call.end(refusal)
+
     async def _enter(self) -> Job:
-        desk, request = self._desk, self._request
-        if request.WhichOneof("input") == "resume":
-            raise Refusal(
-                Reason.NOT_IMPLEMENTED,
-                "resume: turns cannot be resumed in this version. Ask again with the whole conversation: "
-                "the same seed gives the same tokens.",
-            )
+        desk = self._desk
         model = self._model()
         text = desk.text_of(model)
         turn = await self._parse(model, text)
@@ -137,7 +141,7 @@ class TurnRun:
             session_id = desk.open_session(model, temporary=True).session_id
         return desk.sessions.begin_turn(session_id, self.turn_id, desk.outside.clock_us())
 
-    async def _attempts(self, job: Job) -> Responses:
+    async def _attempts(self, job: Job) -> TurnEvents:
         """Places the turn, again if a verifier refuses it before it began."""
         session, retries = job.session, Retries()
         refusal: Refusal | None = None
@@ -146,9 +150,9 @@ class TurnRun:
             self._leave_old_place(session, placement)
             plan = session.plan_turn(job.turn.prompt_ids, placement.binding)
             try:
-                async with aclosing(self._run(job, placement, plan)) as responses:
-                    async for response in responses:
-                        yield response
+                async with aclosing(self._run(job, placement, plan)) as events:
+                    async for event in events:
+                        yield event
                 return
             except Refusal as error:
                 refusal = error
@@ -178,13 +182,15 @@ class TurnRun:
         except Refusal as nowhere:
             raise earlier or nowhere from nowhere
 
-    async def _run(self, job: Job, placement: Placement, plan: TurnPlan) -> Responses:
+    async def _run(self, job: Job, placement: Placement, plan: TurnPlan) -> TurnEvents:
         """One attempt at one verifier."""
         desk, turn, output = self._desk, job.turn, job.output
         worker = desk.pool.worker(placement.binding.address)
         session_id, salt = job.session.session_id, desk.prefix_salt(self._tenant)
         command = TurnCommand(session_id, self.turn_id, plan, turn, placement.drafter_ids, salt)
         timeout_s = self._time_left()
+        if self._ended_for is not None:
+            raise self._ended_for
         if timeout_s is not None and timeout_s <= 0:
             raise Refusal(
                 Reason.DEADLINE_EXCEEDED, "The deadline passed before the turn began. Allow more time."
@@ -193,6 +199,7 @@ class TurnRun:
         finished: verifier_pb.VerifierTurnFinished | None = None
         with worker.occupied(placement.drafter_ids):
             async with worker.generate(command, to_metadata(self.trace), timeout_s) as call:
+                self._call = call
                 while finished is None and output.match is None:
                     event = await _next_event(call, worker.address)
                     match event.WhichOneof("event"):
@@ -205,18 +212,18 @@ class TurnRun:
                             self._take_commits(job, event.committed)
                             delta = output.take()
                             if delta is not None:
-                                yield translate.delta_pb(delta)
+                                yield delta
                         case "finished":
                             finished = event.finished
         last = output.take(final=True)
         if last is not None:
-            yield translate.delta_pb(last)
+            yield last
         if finished is not None:
             # As it was when the prompt was read, which may be later than its acceptance.
             self._cached_count = finished.usage.cached_token_count
         summary = self._summary(job, _finish_reason(job, finished))
         desk.turns.finish(job.record, summary)
-        yield Response(finished=translate.finished_pb(summary))
+        yield summary
 
     def _accept(self, job: Job, placement: Placement, started: verifier_pb.VerifierTurnStarted) -> None:
         self._started = started

@@ -7,9 +7,15 @@ SparkRelayError
   Unauthenticated     send the right token
   Overloaded          try again after `retry_after` seconds
   Unavailable         a service is away: try again, or look at its state
-  Cancelled           the caller cancelled
+  ResumeLost          the rest of the turn is not kept any more: ask again with the same seed
+  Cancelled           the caller, or another stream of the turn, ended this one
   DeadlineExceeded    allow more time
   InternalError       a bug of ours: report it with `turn_id`
+
+try:
+    answer = client.generate("Hello", max_tokens=100_000)
+except sparkrelay.client.InvalidRequest as error:
+    print(error.field, error.message, error.turn_id)
 """
 
 from __future__ import annotations
@@ -25,8 +31,10 @@ class SparkRelayError(Exception):
 
     reason      name of the reason in errors.proto, for example "SESSION_NOT_FOUND"
     message     one sentence, with the next step
-    violations  fields of the request that cannot be served, by their names in the proto
-    turn_id, trace_id  of the turn, empty if there was none
+    violations  fields of the request that cannot be served, by their names in the proto, each with what to send instead
+    field       the first of these names, empty if no field is at fault
+    retry_after seconds after which trying again can help; 0 if the server did not say
+    turn_id, trace_id  of the turn, empty if there was none: logs and traces have it under these
     """
 
     def __init__(
@@ -37,6 +45,7 @@ class SparkRelayError(Exception):
         turn_id: str = "",
         trace_id: str = "",
         violations: tuple[FieldViolation, ...] = (),
+        retry_after: float = 0.0,
     ) -> None:
         super().__init__(message)
         self.message = message
@@ -44,6 +53,11 @@ class SparkRelayError(Exception):
         self.turn_id = turn_id
         self.trace_id = trace_id
         self.violations = violations
+        self.retry_after = retry_after
+
+    @property
+    def field(self) -> str:
+        return self.violations[0].field if self.violations else ""
 
 
 class InvalidRequest(SparkRelayError):
@@ -63,17 +77,19 @@ class Unauthenticated(SparkRelayError):
 
 
 class Overloaded(SparkRelayError):
-    """The queues are full. `retry_after` is in seconds; 0 if the server did not say."""
-
-    retry_after: float = 0.0
+    """The queues are full: try again after `retry_after` seconds."""
 
 
 class Unavailable(SparkRelayError):
     """A service is away or leaving."""
 
 
+class ResumeLost(NotFound):
+    """The turn is known, but what came from there on is no longer kept. A new turn with the same seed gives the same tokens."""
+
+
 class Cancelled(SparkRelayError):
-    """The caller cancelled."""
+    """The turn was cancelled, or another stream resumed it."""
 
 
 class DeadlineExceeded(SparkRelayError):
@@ -94,7 +110,6 @@ _CLASS_OF: dict[Reason, type[SparkRelayError]] = {
     Reason.MODEL_NOT_FOUND: NotFound,
     Reason.SESSION_NOT_FOUND: NotFound,
     Reason.TURN_NOT_FOUND: NotFound,
-    Reason.RESUME_LOST: NotFound,
     Reason.SESSION_ENDED: NotFound,
     Reason.SESSION_EXISTS: InvalidRequest,
     Reason.SESSION_BUSY: SessionBusy,
@@ -103,6 +118,11 @@ _CLASS_OF: dict[Reason, type[SparkRelayError]] = {
     Reason.DRAINING: Unavailable,
     Reason.NO_VERIFIER: Unavailable,
     Reason.VERIFIER_LOST: Unavailable,
+    Reason.RESUME_LOST: ResumeLost,
+    Reason.GRAMMAR_REFUSED: InvalidRequest,
+    Reason.TURN_POISONED: InternalError,
+    Reason.INTERNAL: InternalError,
+    Reason.SUPERSEDED: Cancelled,
     Reason.CANCELLED: Cancelled,
     Reason.DEADLINE_EXCEEDED: DeadlineExceeded,
 }
@@ -137,16 +157,14 @@ def error_of(failure: grpc.RpcError, address: str) -> SparkRelayError:
 
 
 def _filled(kind: type[SparkRelayError], refusal: Refusal, message: str) -> SparkRelayError:
-    error = kind(
+    return kind(
         message,
         reason=refusal.reason.name,
         turn_id=refusal.turn_id,
         trace_id=refusal.trace_id,
         violations=refusal.violations,
+        retry_after=refusal.retry_after_ms / 1000,
     )
-    if isinstance(error, Overloaded):
-        error.retry_after = refusal.retry_after_ms / 1000
-    return error
 
 
 def status_of(failure: grpc.RpcError) -> grpc.StatusCode:
@@ -164,3 +182,14 @@ def was_never_sent(failure: grpc.RpcError) -> bool:
         return False
     details = failure.details() if callable(getattr(failure, "details", None)) else ""
     return "failed to connect to all addresses" in str(details)
+
+
+def was_cut(failure: grpc.RpcError) -> bool:
+    """True if the connection broke, or never came about; False if somebody answered, whatever it was."""
+    details = str(failure.details()) if callable(getattr(failure, "details", None)) else ""
+    if status_of(failure) in (grpc.StatusCode.INTERNAL, grpc.StatusCode.UNKNOWN):
+        # What gRPC itself makes of a stream that ended without a status is told by its words only.
+        return "RST_STREAM" in details or "Stream removed" in details
+    return (
+        status_of(failure) is grpc.StatusCode.UNAVAILABLE and refusal_of(failure).reason is Reason.UNSPECIFIED
+    )

@@ -14,6 +14,9 @@ from sparkrelay.v1 import generation_pb2 as generation_pb
 
 Message = Mapping[str, str]
 
+# How long a turn goes on without its stream, so that it can be resumed.
+LINGER_MS = 30_000
+
 
 @dataclass(frozen=True, slots=True)
 class GenerateOptions:
@@ -28,6 +31,9 @@ class GenerateOptions:
     logprobs       None for none, else how many most likely tokens to report at each position, 0 to 20
     include_rounds True: every delta carries the rounds that committed its tokens
     response_format  what shape the text must have: json_schema(...), regex(...), lark(...), or a pydantic model class
+    resume         True: when the connection breaks, the turn goes on and the stream is taken up again by itself; False: the turn
+                   ends with its stream
+    timeout        seconds for the whole turn, None for the client's
     """
 
     prompt: str | None = None
@@ -52,12 +58,17 @@ class GenerateOptions:
     logprobs: int | None = None
     include_rounds: bool = False
     response_format: Mapping[str, Any] | type | None = None
+    resume: bool = True
+    timeout: float | None = None
 
 
 def generate_request(options: GenerateOptions, session_id: str = "") -> gateway_pb.GenerateRequest:
     """Raises InvalidRequest, naming the field, for what no request can hold."""
     request = gateway_pb.GenerateRequest(
-        model=options.model, session_id=session_id, include_rounds=options.include_rounds
+        model=options.model,
+        session_id=session_id,
+        include_rounds=options.include_rounds,
+        linger_ms=LINGER_MS if options.resume else 0,
     )
     _set_input(request, options)
     try:
@@ -79,6 +90,15 @@ def _set_format(request: gateway_pb.GenerateRequest, options: GenerateOptions) -
         raise _invalid("response_format", f"cannot be sent: {error}") from error
     if message is not None:
         request.response_format.CopyFrom(message)
+
+
+def resume_request(turn_id: str, next_index: int) -> gateway_pb.GenerateRequest:
+    """Asks for the rest of a turn."""
+    try:
+        resume = gateway_pb.Resume(turn_id=turn_id, next_index=next_index)
+    except (ValueError, TypeError) as error:
+        raise _invalid("resume", f"cannot be sent: {error}") from error
+    return gateway_pb.GenerateRequest(resume=resume, linger_ms=LINGER_MS)
 
 
 def _set_input(request: gateway_pb.GenerateRequest, options: GenerateOptions) -> None:

@@ -24,13 +24,16 @@ def started(message: gateway_pb.TurnAccepted) -> results.TurnStarted:
     )
 
 
-def delta(message: gateway_pb.TurnDelta) -> results.Delta:
+def delta(
+    message: gateway_pb.TurnDelta, *, skip_tokens: int = 0, skip_chars: int = 0, next_round: int = 0
+) -> results.Delta:
+    """What of a delta is new: without its first tokens and characters, and without rounds before `next_round`."""
     return results.Delta(
-        index=message.index,
-        token_ids=tuple(message.token_ids),
-        text=message.text,
-        logprobs=tuple(token_logprob(each) for each in message.logprobs),
-        rounds=tuple(round_report(each) for each in message.rounds),
+        index=message.index + min(skip_tokens, len(message.token_ids)),
+        token_ids=tuple(message.token_ids[skip_tokens:]),
+        text=message.text[skip_chars:],
+        logprobs=tuple(token_logprob(each) for each in message.logprobs[skip_tokens:]),
+        rounds=tuple(round_report(each) for each in message.rounds if each.index >= next_round),
     )
 
 

@@ -26,7 +26,7 @@ from google.protobuf import timestamp_pb2 as google_dot_protobuf_dot_timestamp__
 from sparkrelay.v1 import generation_pb2 as sparkrelay_dot_v1_dot_generation__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n#sparkrelay/v1/gateway_service.proto\x12\rsparkrelay.v1\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x1esparkrelay/v1/generation.proto\"<\n\x14\x43reateSessionRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12\x15\n\ridle_limit_ms\x18\x02 \x01(\x03\"@\n\x15\x43reateSessionResponse\x12\'\n\x07session\x18\x01 \x01(\x0b\x32\x16.sparkrelay.v1.Session\"=\n\x12\x46orkSessionRequest\x12\x12\n\nsession_id\x18\x01 \x01(\t\x12\x13\n\x0btoken_count\x18\x02 \x01(\x05\">\n\x13\x46orkSessionResponse\x12\'\n\x07session\x18\x01 \x01(\x0b\x32\x16.sparkrelay.v1.Session\"\xbd\x01\n\x07Session\x12\x12\n\nsession_id\x18\x01 \x01(\t\x12\r\n\x05model\x18\x02 \x01(\t\x12\x13\n\x0btoken_count\x18\x03 \x01(\x05\x12\x12\n\nturn_count\x18\x04 \x01(\x05\x12\x0c\n\x04\x62usy\x18\x05 \x01(\x08\x12\x13\n\x0bverifier_id\x18\x06 \x01(\t\x12\x12\n\ndrafter_id\x18\x07 \x01(\t\x12/\n\x0b\x63reate_time\x18\x08 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\",\n\x0b\x43hatMessage\x12\x0c\n\x04role\x18\x01 \x01(\t\x12\x0f\n\x07\x63ontent\x18\x02 \x01(\t\"<\n\x0c\x43hatMessages\x12,\n\x08messages\x18\x01 \x03(\x0b\x32\x1a.sparkrelay.v1.ChatMessage\"\x1d\n\x08TokenIds\x12\x11\n\ttoken_ids\x18\x01 \x03(\x05\"-\n\x06Resume\x12\x0f\n\x07turn_id\x18\x01 \x01(\t\x12\x12\n\nnext_index\x18\x02 \x01(\x05\"\xe8\x03\n\x0fGenerateRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12\x12\n\nsession_id\x18\x02 \x01(\t\x12\x0e\n\x04text\x18\x03 \x01(\tH\x00\x12+\n\x04\x63hat\x18\x04 \x01(\x0b\x32\x1b.sparkrelay.v1.ChatMessagesH\x00\x12)\n\x06tokens\x18\x05 \x01(\x0b\x32\x17.sparkrelay.v1.TokenIdsH\x00\x12\'\n\x06resume\x18\x06 \x01(\x0b\x32\x15.sparkrelay.v1.ResumeH\x00\x12)\n\x08sampling\x18\x07 \x01(\x0b\x32\x17.sparkrelay.v1.Sampling\x12+\n\x04stop\x18\x08 \x01(\x0b\x32\x1d.sparkrelay.v1.StopConditions\x12/\n\x0bspeculation\x18\t \x01(\x0b\x32\x1a.sparkrelay.v1.Speculation\x12\x16\n\x0einclude_rounds\x18\n \x01(\x08\x12\x1a\n\rlogprob_count\x18\x0b \x01(\x05H\x01\x88\x01\x01\x12\x36\n\x0fresponse_format\x18\x0c \x01(\x0b\x32\x1d.sparkrelay.v1.ResponseFormat\x12\x11\n\tlinger_ms\x18\r \x01(\x03\x42\x07\n\x05inputB\x10\n\x0e_logprob_count\"\xa7\x01\n\x10GenerateResponse\x12.\n\x07started\x18\x01 \x01(\x0b\x32\x1b.sparkrelay.v1.TurnAcceptedH\x00\x12)\n\x05\x64\x65lta\x18\x02 \x01(\x0b\x32\x18.sparkrelay.v1.TurnDeltaH\x00\x12/\n\x08\x66inished\x18\x03 \x01(\x0b\x32\x1b.sparkrelay.v1.TurnFinishedH\x00\x42\x07\n\x05\x65vent\"\xde\x01\n\x0cTurnAccepted\x12\x0f\n\x07turn_id\x18\x01 \x01(\t\x12\x10\n\x08trace_id\x18\x02 \x01(\t\x12\x12\n\nsession_id\x18\x03 \x01(\t\x12\r\n\x05model\x18\x04 \x01(\t\x12\x0c\n\x04seed\x18\x05 \x01(\x06\x12\x1a\n\x12prompt_token_count\x18\x06 \x01(\x05\x12\x13\n\x0bverifier_id\x18\x07 \x01(\t\x12\x12\n\ndrafter_id\x18\x08 \x01(\t\x12\x19\n\x11no_drafter_reason\x18\t \x01(\t\x12\x1a\n\x12\x63\x61\x63hed_token_count\x18\n \x01(\x05\"\x96\x01\n\tTurnDelta\x12\r\n\x05index\x18\x01 \x01(\x05\x12\x11\n\ttoken_ids\x18\x02 \x03(\x05\x12\x0c\n\x04text\x18\x03 \x01(\t\x12-\n\x08logprobs\x18\x04 \x03(\x0b\x32\x1b.sparkrelay.v1.TokenLogprob\x12*\n\x06rounds\x18\x05 \x03(\x0b\x32\x1a.sparkrelay.v1.RoundReport\"\xd3\x01\n\x0cTurnFinished\x12\x32\n\rfinish_reason\x18\x01 \x01(\x0e\x32\x1b.sparkrelay.v1.FinishReason\x12\x13\n\x0bstop_string\x18\x02 \x01(\t\x12#\n\x05usage\x18\x03 \x01(\x0b\x32\x14.sparkrelay.v1.Usage\x12)\n\x06timing\x18\x04 \x01(\x0b\x32\x19.sparkrelay.v1.TurnTiming\x12*\n\x06totals\x18\x05 \x01(\x0b\x32\x1a.sparkrelay.v1.RoundTotals\"H\n\nTurnTiming\x12\x16\n\x0e\x66irst_token_us\x18\x01 \x01(\x03\x12\x10\n\x08total_us\x18\x02 \x01(\x03\x12\x10\n\x08queue_us\x18\x03 \x01(\x03\"i\n\x0bRoundTotals\x12\x13\n\x0bround_count\x18\x01 \x01(\x05\x12\x15\n\rdrafted_count\x18\x02 \x01(\x03\x12\x16\n\x0everified_count\x18\x03 \x01(\x03\x12\x16\n\x0e\x61\x63\x63\x65pted_count\x18\x04 \x01(\x03\"\'\n\x11GetSessionRequest\x12\x12\n\nsession_id\x18\x01 \x01(\t\"=\n\x12GetSessionResponse\x12\'\n\x07session\x18\x01 \x01(\x0b\x32\x16.sparkrelay.v1.Session\"<\n\x13ListSessionsRequest\x12\x11\n\tpage_size\x18\x01 \x01(\x05\x12\x12\n\npage_token\x18\x02 \x01(\t\"Y\n\x14ListSessionsResponse\x12(\n\x08sessions\x18\x01 \x03(\x0b\x32\x16.sparkrelay.v1.Session\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\"\'\n\x11\x45ndSessionRequest\x12\x12\n\nsession_id\x18\x01 \x01(\t\"\x14\n\x12\x45ndSessionResponse\"$\n\x11\x43\x61ncelTurnRequest\x12\x0f\n\x07turn_id\x18\x01 \x01(\t\"\x14\n\x12\x43\x61ncelTurnResponse\"!\n\x0eGetTurnRequest\x12\x0f\n\x07turn_id\x18\x01 \x01(\t\"\xd8\x01\n\x04Turn\x12\x0f\n\x07turn_id\x18\x01 \x01(\t\x12\x10\n\x08trace_id\x18\x02 \x01(\t\x12\x12\n\nsession_id\x18\x03 \x01(\t\x12\r\n\x05model\x18\x04 \x01(\t\x12-\n\x08\x66inished\x18\x05 \x01(\x0b\x32\x1b.sparkrelay.v1.TurnFinished\x12*\n\x06rounds\x18\x06 \x03(\x0b\x32\x1a.sparkrelay.v1.RoundReport\x12/\n\x0b\x63reate_time\x18\x07 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\"4\n\x0fGetTurnResponse\x12!\n\x04turn\x18\x01 \x01(\x0b\x32\x13.sparkrelay.v1.Turn\"M\n\x10ListTurnsRequest\x12\x11\n\tpage_size\x18\x01 \x01(\x05\x12\x12\n\npage_token\x18\x02 \x01(\t\x12\x12\n\nsession_id\x18\x03 \x01(\t\"P\n\x11ListTurnsResponse\x12\"\n\x05turns\x18\x01 \x03(\x0b\x32\x13.sparkrelay.v1.Turn\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\"(\n\x12WatchRoundsRequest\x12\x12\n\nsession_id\x18\x01 \x01(\t\"|\n\x13WatchRoundsResponse\x12\x0f\n\x07turn_id\x18\x01 \x01(\t\x12\x12\n\nsession_id\x18\x02 \x01(\t\x12)\n\x05round\x18\x03 \x01(\x0b\x32\x1a.sparkrelay.v1.RoundReport\x12\x15\n\rskipped_count\x18\x04 \x01(\x03\"\x13\n\x11ListModelsRequest\":\n\x12ListModelsResponse\x12$\n\x06models\x18\x01 \x03(\x0b\x32\x14.sparkrelay.v1.Model\"\xb7\x01\n\x05Model\x12\r\n\x05model\x18\x01 \x01(\t\x12\x15\n\rcontext_limit\x18\x02 \x01(\x05\x12\x12\n\nvocab_size\x18\x03 \x01(\x05\x12\x19\n\x11has_chat_template\x18\x04 \x01(\x08\x12\x16\n\x0everifier_count\x18\x05 \x01(\x05\x12\x15\n\rdrafter_count\x18\x06 \x01(\x05\x12\r\n\x05\x65xact\x18\x07 \x01(\x08\x12\x1b\n\x13has_response_format\x18\x08 \x01(\x08\x32\xa8\x07\n\x0eGatewayService\x12Z\n\rCreateSession\x12#.sparkrelay.v1.CreateSessionRequest\x1a$.sparkrelay.v1.CreateSessionResponse\x12T\n\x0b\x46orkSession\x12!.sparkrelay.v1.ForkSessionRequest\x1a\".sparkrelay.v1.ForkSessionResponse\x12M\n\x08Generate\x12\x1e.sparkrelay.v1.GenerateRequest\x1a\x1f.sparkrelay.v1.GenerateResponse0\x01\x12Q\n\nGetSession\x12 .sparkrelay.v1.GetSessionRequest\x1a!.sparkrelay.v1.GetSessionResponse\x12W\n\x0cListSessions\x12\".sparkrelay.v1.ListSessionsRequest\x1a#.sparkrelay.v1.ListSessionsResponse\x12Q\n\nEndSession\x12 .sparkrelay.v1.EndSessionRequest\x1a!.sparkrelay.v1.EndSessionResponse\x12Q\n\nCancelTurn\x12 .sparkrelay.v1.CancelTurnRequest\x1a!.sparkrelay.v1.CancelTurnResponse\x12H\n\x07GetTurn\x12\x1d.sparkrelay.v1.GetTurnRequest\x1a\x1e.sparkrelay.v1.GetTurnResponse\x12N\n\tListTurns\x12\x1f.sparkrelay.v1.ListTurnsRequest\x1a .sparkrelay.v1.ListTurnsResponse\x12V\n\x0bWatchRounds\x12!.sparkrelay.v1.WatchRoundsRequest\x1a\".sparkrelay.v1.WatchRoundsResponse0\x01\x12Q\n\nListModels\x12 .sparkrelay.v1.ListModelsRequest\x1a!.sparkrelay.v1.ListModelsResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n#sparkrelay/v1/gateway_service.proto\x12\rsparkrelay.v1\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x1esparkrelay/v1/generation.proto\"<\n\x14\x43reateSessionRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12\x15\n\ridle_limit_ms\x18\x02 \x01(\x03\"@\n\x15\x43reateSessionResponse\x12\'\n\x07session\x18\x01 \x01(\x0b\x32\x16.sparkrelay.v1.Session\"=\n\x12\x46orkSessionRequest\x12\x12\n\nsession_id\x18\x01 \x01(\t\x12\x13\n\x0btoken_count\x18\x02 \x01(\x05\">\n\x13\x46orkSessionResponse\x12\'\n\x07session\x18\x01 \x01(\x0b\x32\x16.sparkrelay.v1.Session\"\xbd\x01\n\x07Session\x12\x12\n\nsession_id\x18\x01 \x01(\t\x12\r\n\x05model\x18\x02 \x01(\t\x12\x13\n\x0btoken_count\x18\x03 \x01(\x05\x12\x12\n\nturn_count\x18\x04 \x01(\x05\x12\x0c\n\x04\x62usy\x18\x05 \x01(\x08\x12\x13\n\x0bverifier_id\x18\x06 \x01(\t\x12\x12\n\ndrafter_id\x18\x07 \x01(\t\x12/\n\x0b\x63reate_time\x18\x08 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\",\n\x0b\x43hatMessage\x12\x0c\n\x04role\x18\x01 \x01(\t\x12\x0f\n\x07\x63ontent\x18\x02 \x01(\t\"<\n\x0c\x43hatMessages\x12,\n\x08messages\x18\x01 \x03(\x0b\x32\x1a.sparkrelay.v1.ChatMessage\"\x1d\n\x08TokenIds\x12\x11\n\ttoken_ids\x18\x01 \x03(\x05\"-\n\x06Resume\x12\x0f\n\x07turn_id\x18\x01 \x01(\t\x12\x12\n\nnext_index\x18\x02 \x01(\x05\"\xe8\x03\n\x0fGenerateRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12\x12\n\nsession_id\x18\x02 \x01(\t\x12\x0e\n\x04text\x18\x03 \x01(\tH\x00\x12+\n\x04\x63hat\x18\x04 \x01(\x0b\x32\x1b.sparkrelay.v1.ChatMessagesH\x00\x12)\n\x06tokens\x18\x05 \x01(\x0b\x32\x17.sparkrelay.v1.TokenIdsH\x00\x12\'\n\x06resume\x18\x06 \x01(\x0b\x32\x15.sparkrelay.v1.ResumeH\x00\x12)\n\x08sampling\x18\x07 \x01(\x0b\x32\x17.sparkrelay.v1.Sampling\x12+\n\x04stop\x18\x08 \x01(\x0b\x32\x1d.sparkrelay.v1.StopConditions\x12/\n\x0bspeculation\x18\t \x01(\x0b\x32\x1a.sparkrelay.v1.Speculation\x12\x16\n\x0einclude_rounds\x18\n \x01(\x08\x12\x1a\n\rlogprob_count\x18\x0b \x01(\x05H\x01\x88\x01\x01\x12\x36\n\x0fresponse_format\x18\x0c \x01(\x0b\x32\x1d.sparkrelay.v1.ResponseFormat\x12\x11\n\tlinger_ms\x18\r \x01(\x03\x42\x07\n\x05inputB\x10\n\x0e_logprob_count\"\xa7\x01\n\x10GenerateResponse\x12.\n\x07started\x18\x01 \x01(\x0b\x32\x1b.sparkrelay.v1.TurnAcceptedH\x00\x12)\n\x05\x64\x65lta\x18\x02 \x01(\x0b\x32\x18.sparkrelay.v1.TurnDeltaH\x00\x12/\n\x08\x66inished\x18\x03 \x01(\x0b\x32\x1b.sparkrelay.v1.TurnFinishedH\x00\x42\x07\n\x05\x65vent\"\xde\x01\n\x0cTurnAccepted\x12\x0f\n\x07turn_id\x18\x01 \x01(\t\x12\x10\n\x08trace_id\x18\x02 \x01(\t\x12\x12\n\nsession_id\x18\x03 \x01(\t\x12\r\n\x05model\x18\x04 \x01(\t\x12\x0c\n\x04seed\x18\x05 \x01(\x06\x12\x1a\n\x12prompt_token_count\x18\x06 \x01(\x05\x12\x13\n\x0bverifier_id\x18\x07 \x01(\t\x12\x12\n\ndrafter_id\x18\x08 \x01(\t\x12\x19\n\x11no_drafter_reason\x18\t \x01(\t\x12\x1a\n\x12\x63\x61\x63hed_token_count\x18\n \x01(\x05\"\xaa\x01\n\tTurnDelta\x12\r\n\x05index\x18\x01 \x01(\x05\x12\x11\n\ttoken_ids\x18\x02 \x03(\x05\x12\x0c\n\x04text\x18\x03 \x01(\t\x12-\n\x08logprobs\x18\x04 \x03(\x0b\x32\x1b.sparkrelay.v1.TokenLogprob\x12*\n\x06rounds\x18\x05 \x03(\x0b\x32\x1a.sparkrelay.v1.RoundReport\x12\x12\n\ntext_index\x18\x06 \x01(\x05\"\xd3\x01\n\x0cTurnFinished\x12\x32\n\rfinish_reason\x18\x01 \x01(\x0e\x32\x1b.sparkrelay.v1.FinishReason\x12\x13\n\x0bstop_string\x18\x02 \x01(\t\x12#\n\x05usage\x18\x03 \x01(\x0b\x32\x14.sparkrelay.v1.Usage\x12)\n\x06timing\x18\x04 \x01(\x0b\x32\x19.sparkrelay.v1.TurnTiming\x12*\n\x06totals\x18\x05 \x01(\x0b\x32\x1a.sparkrelay.v1.RoundTotals\"H\n\nTurnTiming\x12\x16\n\x0e\x66irst_token_us\x18\x01 \x01(\x03\x12\x10\n\x08total_us\x18\x02 \x01(\x03\x12\x10\n\x08queue_us\x18\x03 \x01(\x03\"i\n\x0bRoundTotals\x12\x13\n\x0bround_count\x18\x01 \x01(\x05\x12\x15\n\rdrafted_count\x18\x02 \x01(\x03\x12\x16\n\x0everified_count\x18\x03 \x01(\x03\x12\x16\n\x0e\x61\x63\x63\x65pted_count\x18\x04 \x01(\x03\"\'\n\x11GetSessionRequest\x12\x12\n\nsession_id\x18\x01 \x01(\t\"=\n\x12GetSessionResponse\x12\'\n\x07session\x18\x01 \x01(\x0b\x32\x16.sparkrelay.v1.Session\"<\n\x13ListSessionsRequest\x12\x11\n\tpage_size\x18\x01 \x01(\x05\x12\x12\n\npage_token\x18\x02 \x01(\t\"Y\n\x14ListSessionsResponse\x12(\n\x08sessions\x18\x01 \x03(\x0b\x32\x16.sparkrelay.v1.Session\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\"\'\n\x11\x45ndSessionRequest\x12\x12\n\nsession_id\x18\x01 \x01(\t\"\x14\n\x12\x45ndSessionResponse\"$\n\x11\x43\x61ncelTurnRequest\x12\x0f\n\x07turn_id\x18\x01 \x01(\t\"\x14\n\x12\x43\x61ncelTurnResponse\"!\n\x0eGetTurnRequest\x12\x0f\n\x07turn_id\x18\x01 \x01(\t\"\xd8\x01\n\x04Turn\x12\x0f\n\x07turn_id\x18\x01 \x01(\t\x12\x10\n\x08trace_id\x18\x02 \x01(\t\x12\x12\n\nsession_id\x18\x03 \x01(\t\x12\r\n\x05model\x18\x04 \x01(\t\x12-\n\x08\x66inished\x18\x05 \x01(\x0b\x32\x1b.sparkrelay.v1.TurnFinished\x12*\n\x06rounds\x18\x06 \x03(\x0b\x32\x1a.sparkrelay.v1.RoundReport\x12/\n\x0b\x63reate_time\x18\x07 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\"4\n\x0fGetTurnResponse\x12!\n\x04turn\x18\x01 \x01(\x0b\x32\x13.sparkrelay.v1.Turn\"M\n\x10ListTurnsRequest\x12\x11\n\tpage_size\x18\x01 \x01(\x05\x12\x12\n\npage_token\x18\x02 \x01(\t\x12\x12\n\nsession_id\x18\x03 \x01(\t\"P\n\x11ListTurnsResponse\x12\"\n\x05turns\x18\x01 \x03(\x0b\x32\x13.sparkrelay.v1.Turn\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\"(\n\x12WatchRoundsRequest\x12\x12\n\nsession_id\x18\x01 \x01(\t\"|\n\x13WatchRoundsResponse\x12\x0f\n\x07turn_id\x18\x01 \x01(\t\x12\x12\n\nsession_id\x18\x02 \x01(\t\x12)\n\x05round\x18\x03 \x01(\x0b\x32\x1a.sparkrelay.v1.RoundReport\x12\x15\n\rskipped_count\x18\x04 \x01(\x03\"\x13\n\x11ListModelsRequest\":\n\x12ListModelsResponse\x12$\n\x06models\x18\x01 \x03(\x0b\x32\x14.sparkrelay.v1.Model\"\xb7\x01\n\x05Model\x12\r\n\x05model\x18\x01 \x01(\t\x12\x15\n\rcontext_limit\x18\x02 \x01(\x05\x12\x12\n\nvocab_size\x18\x03 \x01(\x05\x12\x19\n\x11has_chat_template\x18\x04 \x01(\x08\x12\x16\n\x0everifier_count\x18\x05 \x01(\x05\x12\x15\n\rdrafter_count\x18\x06 \x01(\x05\x12\r\n\x05\x65xact\x18\x07 \x01(\x08\x12\x1b\n\x13has_response_format\x18\x08 \x01(\x08\x32\xa8\x07\n\x0eGatewayService\x12Z\n\rCreateSession\x12#.sparkrelay.v1.CreateSessionRequest\x1a$.sparkrelay.v1.CreateSessionResponse\x12T\n\x0b\x46orkSession\x12!.sparkrelay.v1.ForkSessionRequest\x1a\".sparkrelay.v1.ForkSessionResponse\x12M\n\x08Generate\x12\x1e.sparkrelay.v1.GenerateRequest\x1a\x1f.sparkrelay.v1.GenerateResponse0\x01\x12Q\n\nGetSession\x12 .sparkrelay.v1.GetSessionRequest\x1a!.sparkrelay.v1.GetSessionResponse\x12W\n\x0cListSessions\x12\".sparkrelay.v1.ListSessionsRequest\x1a#.sparkrelay.v1.ListSessionsResponse\x12Q\n\nEndSession\x12 .sparkrelay.v1.EndSessionRequest\x1a!.sparkrelay.v1.EndSessionResponse\x12Q\n\nCancelTurn\x12 .sparkrelay.v1.CancelTurnRequest\x1a!.sparkrelay.v1.CancelTurnResponse\x12H\n\x07GetTurn\x12\x1d.sparkrelay.v1.GetTurnRequest\x1a\x1e.sparkrelay.v1.GetTurnResponse\x12N\n\tListTurns\x12\x1f.sparkrelay.v1.ListTurnsRequest\x1a .sparkrelay.v1.ListTurnsResponse\x12V\n\x0bWatchRounds\x12!.sparkrelay.v1.WatchRoundsRequest\x1a\".sparkrelay.v1.WatchRoundsResponse0\x01\x12Q\n\nListModels\x12 .sparkrelay.v1.ListModelsRequest\x1a!.sparkrelay.v1.ListModelsResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -58,49 +58,49 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_TURNACCEPTED']._serialized_start=1414
   _globals['_TURNACCEPTED']._serialized_end=1636
   _globals['_TURNDELTA']._serialized_start=1639
-  _globals['_TURNDELTA']._serialized_end=1789
-  _globals['_TURNFINISHED']._serialized_start=1792
-  _globals['_TURNFINISHED']._serialized_end=2003
-  _globals['_TURNTIMING']._serialized_start=2005
-  _globals['_TURNTIMING']._serialized_end=2077
-  _globals['_ROUNDTOTALS']._serialized_start=2079
-  _globals['_ROUNDTOTALS']._serialized_end=2184
-  _globals['_GETSESSIONREQUEST']._serialized_start=2186
-  _globals['_GETSESSIONREQUEST']._serialized_end=2225
-  _globals['_GETSESSIONRESPONSE']._serialized_start=2227
-  _globals['_GETSESSIONRESPONSE']._serialized_end=2288
-  _globals['_LISTSESSIONSREQUEST']._serialized_start=2290
-  _globals['_LISTSESSIONSREQUEST']._serialized_end=2350
-  _globals['_LISTSESSIONSRESPONSE']._serialized_start=2352
-  _globals['_LISTSESSIONSRESPONSE']._serialized_end=2441
-  _globals['_ENDSESSIONREQUEST']._serialized_start=2443
-  _globals['_ENDSESSIONREQUEST']._serialized_end=2482
-  _globals['_ENDSESSIONRESPONSE']._serialized_start=2484
-  _globals['_ENDSESSIONRESPONSE']._serialized_end=2504
-  _globals['_CANCELTURNREQUEST']._serialized_start=2506
-  _globals['_CANCELTURNREQUEST']._serialized_end=2542
-  _globals['_CANCELTURNRESPONSE']._serialized_start=2544
-  _globals['_CANCELTURNRESPONSE']._serialized_end=2564
-  _globals['_GETTURNREQUEST']._serialized_start=2566
-  _globals['_GETTURNREQUEST']._serialized_end=2599
-  _globals['_TURN']._serialized_start=2602
-  _globals['_TURN']._serialized_end=2818
-  _globals['_GETTURNRESPONSE']._serialized_start=2820
-  _globals['_GETTURNRESPONSE']._serialized_end=2872
-  _globals['_LISTTURNSREQUEST']._serialized_start=2874
-  _globals['_LISTTURNSREQUEST']._serialized_end=2951
-  _globals['_LISTTURNSRESPONSE']._serialized_start=2953
-  _globals['_LISTTURNSRESPONSE']._serialized_end=3033
-  _globals['_WATCHROUNDSREQUEST']._serialized_start=3035
-  _globals['_WATCHROUNDSREQUEST']._serialized_end=3075
-  _globals['_WATCHROUNDSRESPONSE']._serialized_start=3077
-  _globals['_WATCHROUNDSRESPONSE']._serialized_end=3201
-  _globals['_LISTMODELSREQUEST']._serialized_start=3203
-  _globals['_LISTMODELSREQUEST']._serialized_end=3222
-  _globals['_LISTMODELSRESPONSE']._serialized_start=3224
-  _globals['_LISTMODELSRESPONSE']._serialized_end=3282
-  _globals['_MODEL']._serialized_start=3285
-  _globals['_MODEL']._serialized_end=3468
-  _globals['_GATEWAYSERVICE']._serialized_start=3471
-  _globals['_GATEWAYSERVICE']._serialized_end=4407
+  _globals['_TURNDELTA']._serialized_end=1809
+  _globals['_TURNFINISHED']._serialized_start=1812
+  _globals['_TURNFINISHED']._serialized_end=2023
+  _globals['_TURNTIMING']._serialized_start=2025
+  _globals['_TURNTIMING']._serialized_end=2097
+  _globals['_ROUNDTOTALS']._serialized_start=2099
+  _globals['_ROUNDTOTALS']._serialized_end=2204
+  _globals['_GETSESSIONREQUEST']._serialized_start=2206
+  _globals['_GETSESSIONREQUEST']._serialized_end=2245
+  _globals['_GETSESSIONRESPONSE']._serialized_start=2247
+  _globals['_GETSESSIONRESPONSE']._serialized_end=2308
+  _globals['_LISTSESSIONSREQUEST']._serialized_start=2310
+  _globals['_LISTSESSIONSREQUEST']._serialized_end=2370
+  _globals['_LISTSESSIONSRESPONSE']._serialized_start=2372
+  _globals['_LISTSESSIONSRESPONSE']._serialized_end=2461
+  _globals['_ENDSESSIONREQUEST']._serialized_start=2463
+  _globals['_ENDSESSIONREQUEST']._serialized_end=2502
+  _globals['_ENDSESSIONRESPONSE']._serialized_start=2504
+  _globals['_ENDSESSIONRESPONSE']._serialized_end=2524
+  _globals['_CANCELTURNREQUEST']._serialized_start=2526
+  _globals['_CANCELTURNREQUEST']._serialized_end=2562
+  _globals['_CANCELTURNRESPONSE']._serialized_start=2564
+  _globals['_CANCELTURNRESPONSE']._serialized_end=2584
+  _globals['_GETTURNREQUEST']._serialized_start=2586
+  _globals['_GETTURNREQUEST']._serialized_end=2619
+  _globals['_TURN']._serialized_start=2622
+  _globals['_TURN']._serialized_end=2838
+  _globals['_GETTURNRESPONSE']._serialized_start=2840
+  _globals['_GETTURNRESPONSE']._serialized_end=2892
+  _globals['_LISTTURNSREQUEST']._serialized_start=2894
+  _globals['_LISTTURNSREQUEST']._serialized_end=2971
+  _globals['_LISTTURNSRESPONSE']._serialized_start=2973
+  _globals['_LISTTURNSRESPONSE']._serialized_end=3053
+  _globals['_WATCHROUNDSREQUEST']._serialized_start=3055
+  _globals['_WATCHROUNDSREQUEST']._serialized_end=3095
+  _globals['_WATCHROUNDSRESPONSE']._serialized_start=3097
+  _globals['_WATCHROUNDSRESPONSE']._serialized_end=3221
+  _globals['_LISTMODELSREQUEST']._serialized_start=3223
+  _globals['_LISTMODELSREQUEST']._serialized_end=3242
+  _globals['_LISTMODELSRESPONSE']._serialized_start=3244
+  _globals['_LISTMODELSRESPONSE']._serialized_end=3302
+  _globals['_MODEL']._serialized_start=3305
+  _globals['_MODEL']._serialized_end=3488
+  _globals['_GATEWAYSERVICE']._serialized_start=3491
+  _globals['_GATEWAYSERVICE']._serialized_end=4427
 # @@protoc_insertion_point(module_scope)

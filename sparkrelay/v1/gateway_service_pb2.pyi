@@ -248,14 +248,19 @@ Global___TokenIds: _TypeAlias = TokenIds  # noqa: Y015
 
 @_typing.final
 class Resume(_message.Message):
-    """A turn to continue to listen to."""
+    """A turn to continue to listen to. The new stream begins with the turn's `started` event and goes on with the tokens from next_index on, and with
+    the text from where the text of the tokens before it ends: a character belongs to the token that completes it. A client that has some of that text
+    already (text may run ahead of tokens where a stop string may begin, and the last delta may have no token) sees it by text_index.
+    Rounds come again with the tokens that they committed; their index tells which are known. Whoever listened to the turn until now is
+    told SUPERSEDED.
+    """
 
     DESCRIPTOR: _descriptor.Descriptor
 
     TURN_ID_FIELD_NUMBER: _builtins.int
     NEXT_INDEX_FIELD_NUMBER: _builtins.int
     turn_id: _builtins.str
-    """The turn."""
+    """The turn: one that was asked for with linger_ms."""
     next_index: _builtins.int
     """Index, in the turn's output, of the first token that the client lacks."""
     def __init__(
@@ -472,10 +477,13 @@ class TurnDelta(_message.Message):
     TEXT_FIELD_NUMBER: _builtins.int
     LOGPROBS_FIELD_NUMBER: _builtins.int
     ROUNDS_FIELD_NUMBER: _builtins.int
+    TEXT_INDEX_FIELD_NUMBER: _builtins.int
     index: _builtins.int
     """Index of the first of these tokens in the turn's output."""
     text: _builtins.str
     """New text."""
+    text_index: _builtins.int
+    """Index of the first character (Unicode code point) of `text` in the turn's text."""
     @_builtins.property
     def token_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
         """New tokens, a stop id not included."""
@@ -496,10 +504,11 @@ class TurnDelta(_message.Message):
         text: _builtins.str = ...,
         logprobs: _abc.Iterable[_generation_pb2.TokenLogprob] | None = ...,
         rounds: _abc.Iterable[_generation_pb2.RoundReport] | None = ...,
+        text_index: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["index", b"index", "logprobs", b"logprobs", "rounds", b"rounds", "text", b"text", "token_ids", b"token_ids"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["index", b"index", "logprobs", b"logprobs", "rounds", b"rounds", "text", b"text", "text_index", b"text_index", "token_ids", b"token_ids"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

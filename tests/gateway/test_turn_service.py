@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import asyncio
 
-import grpc
 import pytest
 
 import sparkrelay
 from gateway.tokenizer import Tokenizer
 from sparkrelay.client import Generation, InvalidRequest, NotFound, Overloaded, SessionBusy
-from sparkrelay.errors import refusal_of
 from sparkrelay.outcomes import Reason, Refusal
 from sparkrelay.protocol import chain_hash
 from sparkrelay.store import ModelFiles
@@ -307,12 +305,3 @@ async def test_rounds_can_be_watched_as_they_happen() -> None:
         assert [each.round.index for each in seen] == [0, 1, 2]
         assert {each.turn_id for each in seen} == {whole.turn_id}
         watching.cancel()
-
-
-async def test_calls_of_later_versions_say_what_to_use_instead() -> None:
-    async with running() as stack, sparkrelay.aio.connect(stack.address) as client:
-        resume = client._gateway.Generate(gateway_pb.GenerateRequest(resume=gateway_pb.Resume(turn_id="t")))
-        with pytest.raises(grpc.aio.AioRpcError) as resumed:
-            await resume.read()
-        assert refusal_of(resumed.value).reason is Reason.NOT_IMPLEMENTED
-        assert "Ask again" in refusal_of(resumed.value).message
