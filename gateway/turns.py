@@ -56,6 +56,10 @@ class RecentTurns:
         record.summary = summary
         self._forget_oldest()
 
+    def knows(self, turn_id: str) -> bool:
+        """True for a turn under way or remembered."""
+        return turn_id in self._by_id
+
     def get(self, turn_id: str) -> TurnRecord:
         """Raises Refusal."""
         record = self._by_id.get(turn_id)

@@ -17,7 +17,7 @@ from gateway.settings import GatewaySettings
 from gateway.tenants import prefix_salt
 from gateway.texts import ModelText, load_text
 from gateway.turns import RecentTurns
-from gateway.validation import ModelLimits
+from gateway.validation import ModelLimits, check_id, invalid
 from gateway.watchers import RoundBoard
 from gateway.worker_pool import Description, WorkerHooks, WorkerPool, WorkerTimes
 from sparkrelay.outcomes import Reason, Refusal
@@ -25,6 +25,7 @@ from sparkrelay.outcomes import Reason, Refusal
 log = structlog.get_logger(__name__)
 
 SWEEP_S = 1.0
+MIN_TURN_ID_CHARS = 16
 END_MARGIN_S = 0.5  # of a drain: kept for telling the callers of turns that were cut off
 
 
@@ -127,6 +128,16 @@ class FrontDesk:
         finally:
             del self._running[turn_id]
             self._turn_ended.set()
+
+    def check_new_turn_id(self, turn_id: str) -> None:
+        """An id that a client chose. Raises Refusal."""
+        if len(check_id("turn_id", turn_id)) < MIN_TURN_ID_CHARS:
+            raise invalid(
+                "turn_id",
+                f"has {len(turn_id)} characters; send at least {MIN_TURN_ID_CHARS}, drawn at random",
+            )
+        if turn_id in self._running or self.turns.knows(turn_id):
+            raise invalid("turn_id", "names a turn that is known here; resume it, or choose another")
 
     def cancel_turn(self, turn_id: str, why: str) -> None:
         """Ends a turn under way; one that is over stays as it is. Raises Refusal if it is unknown."""

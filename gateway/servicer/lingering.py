@@ -93,6 +93,8 @@ class LingeringTurns:
     def start(self, run: TurnRun, linger_ms: int) -> TurnEvents:
         """Starts a turn; returns its first stream. Raises Refusal."""
         _check_linger(linger_ms)
+        if self._desk.journal.find(run.turn_id) is not None:
+            raise invalid("turn_id", "names a turn that is known here; resume it, or choose another")
         turn = LingeringTurn(self._desk.journal.open(run.turn_id, run.trace.trace_id))
         self._turns[run.turn_id] = turn
         self._desk.in_background(self._work(run, turn))

@@ -68,7 +68,7 @@ class TurnRun:
         time_left: TimeLeft,
         tenant: str = "",
     ) -> None:
-        self.turn_id = desk.new_id("turn")
+        self.turn_id = request.turn_id or desk.new_id("turn")
         self.trace = trace
         self._desk = desk
         self._request = request
@@ -83,6 +83,8 @@ class TurnRun:
 
     async def events(self) -> TurnEvents:
         """Raises Refusal."""
+        if self._request.turn_id:
+            self._desk.check_new_turn_id(self.turn_id)
         with self._desk.turn_permit(self.turn_id, self):
             job = await self._enter()
             try:

@@ -1,8 +1,10 @@
 """The client SDK: `connect` for threads, `connect_aio` for asyncio, one set of results and errors."""
 
-from sparkrelay.client.aio import AsyncClient, AsyncGenerationStream, AsyncSession
+from sparkrelay.client.aio import AsyncClient, AsyncSession
 from sparkrelay.client.aio import connect as connect_aio
-from sparkrelay.client.blocking import Client, GenerationStream, Session, connect
+from sparkrelay.client.aio_stream import AsyncGenerationStream
+from sparkrelay.client.blocking import Client, Session, connect
+from sparkrelay.client.blocking_stream import GenerationStream
 from sparkrelay.client.errors import (
     Cancelled,
     DeadlineExceeded,
@@ -10,6 +12,7 @@ from sparkrelay.client.errors import (
     InvalidRequest,
     NotFound,
     Overloaded,
+    ResumeLost,
     SessionBusy,
     SparkRelayError,
     Unauthenticated,
@@ -49,6 +52,7 @@ __all__ = [
     "Model",
     "NotFound",
     "Overloaded",
+    "ResumeLost",
     "RoundReport",
     "RoundTotals",
     "Session",

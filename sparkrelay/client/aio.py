@@ -9,32 +9,42 @@ async with sparkrelay.aio.connect() as client:
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
-from collections.abc import AsyncIterator, Awaitable, Callable
+import random
+from collections.abc import AsyncIterator, Callable, Sequence
 from types import TracebackType
-from typing import Any, Self, TypeVar
+from typing import Any, Self
 
 import grpc
 import grpc.aio
 
 from sparkrelay.client import results, translate
 from sparkrelay.client.address import (
+    CANCEL_TIMEOUT_S,
     CHANNEL_OPTIONS,
     GENERATE_TIMEOUT_S,
+    PARTING_S,
     QUERY_TIMEOUT_S,
     call_metadata,
     resolve_address,
 )
-from sparkrelay.client.calls import RETRY_PAUSES_S, CallGuard, TurnTranscript, may_repeat
-from sparkrelay.client.errors import Cancelled, error_of
-from sparkrelay.client.requests import GenerateOptions, generate_request
+from sparkrelay.client.aio_stream import AsyncGenerationStream
+from sparkrelay.client.calls import CallGuard
+from sparkrelay.client.errors import error_of
+from sparkrelay.client.requests import (
+    GenerateOptions,
+    Message,
+    chat_messages,
+    generate_request,
+    resume_request,
+)
+from sparkrelay.client.retries import RetryPolicy
 from sparkrelay.runtime import read_runtime
 from sparkrelay.v1 import admin_service_pb2 as admin_pb
 from sparkrelay.v1 import admin_service_pb2_grpc as admin_grpc
 from sparkrelay.v1 import gateway_service_pb2 as gateway_pb
 from sparkrelay.v1 import gateway_service_pb2_grpc as gateway_grpc
-
-T = TypeVar("T")
 
 
 def connect(
@@ -44,85 +54,21 @@ def connect(
     return AsyncClient(resolve_address(address, os.environ, read_runtime()), token=token, timeout=timeout)
 
 
-class AsyncGenerationStream:
-    """One turn as it happens. `async with` it, or iterate over it; leaving it, by any way, cancels what still runs."""
-
-    def __init__(self, client: AsyncClient, request: gateway_pb.GenerateRequest) -> None:
-        self._client = client
-        self._request = request
-        self._call: Any = None
-        self._guard: CallGuard | None = None
-        self._transcript = TurnTranscript()
-
-    @property
-    def started(self) -> results.TurnStarted:
-        """Turn id, seed, verifier, drafter: known once the stream was entered."""
-        assert self._transcript.started is not None, (
-            "enter the stream first: async with client.generate_stream(...)"
-        )
-        return self._transcript.started
-
-    async def result(self) -> results.Generation:
-        """The whole turn; reads the rest of it first if there is any."""
-        async for _ in self:
-            pass
-        return self._transcript.whole
-
-    def cancel(self) -> None:
-        """Ends the turn now; what it has committed stays in the session."""
-        if self._guard is not None:
-            self._guard.release()
-
-    async def __aiter__(self) -> AsyncIterator[results.Delta]:
-        try:
-            await self._open()
-            while self._transcript.generation is None:
-                event = await self._read()
-                if event is grpc.aio.EOF:
-                    break
-                delta = self._transcript.add(event)
-                if delta is not None:
-                    yield delta
-        except grpc.RpcError as failure:
-            raise error_of(failure, self._client.address) from failure
-        finally:
-            self.cancel()
-
-    async def __aenter__(self) -> Self:
-        await self._open()
-        return self
-
-    async def __aexit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.cancel()
-
-    async def _read(self) -> Any:
-        try:
-            return await self._call.read()
-        except asyncio.CancelledError:
-            # Reading a call that was cancelled here looks like a cancelled task: only the task knows which it is.
-            task = asyncio.current_task()
-            if self._guard is None or self._guard.active or (task is not None and task.cancelling()):
-                raise
-            raise Cancelled(
-                "The turn was cancelled here.", reason="CANCELLED", turn_id=self.started.turn_id
-            ) from None
-
-    async def _open(self) -> None:
-        if self._call is None:
-            self._call, first = await self._client._start(self._request)
-            self._guard = CallGuard(self._call)
-            self._transcript.add(first)
-
-
 class AsyncSession:
-    """A conversation whose state stays warm on one verifier. Every turn is given the whole conversation so far."""
+    """A conversation whose state stays warm on one verifier; what was computed for it is not computed again.
+
+    async with await client.create_session() as session:
+        print((await session.chat("Name a colour.")).text)
+        print((await session.chat("And another one.")).text)
+
+    `chat` keeps the messages. `generate` does not: it is given the whole conversation each time.
+    """
 
     def __init__(self, client: AsyncClient, info: results.SessionInfo) -> None:
         self._client = client
         self.session_id = info.session_id
         self.model = info.model
+        self.messages: list[Message] = []
 
     async def generate(self, prompt: str | None = None, **options: Any) -> results.Generation:
         """Runs one turn; the options are those of `AsyncClient.generate`."""
@@ -130,9 +76,22 @@ class AsyncSession:
             return await stream.result()
 
     def generate_stream(self, prompt: str | None = None, **options: Any) -> AsyncGenerationStream:
-        """Runs one turn as it happens."""
-        request = generate_request(GenerateOptions(prompt=prompt, **options), self.session_id)
-        return AsyncGenerationStream(self._client, request)
+        """Runs one turn as it happens; it starts when the stream is entered or first read."""
+        return self._client._open(GenerateOptions(prompt=prompt, **options), self.session_id)
+
+    async def chat(self, message: str | Sequence[Message], **options: Any) -> results.Generation:
+        """Adds a message (or messages) to the conversation, and the answer to it."""
+        async with self.chat_stream(message, **options) as stream:
+            return await stream.result()
+
+    def chat_stream(self, message: str | Sequence[Message], **options: Any) -> AsyncGenerationStream:
+        """The same as it happens; the conversation has the answer once it is whole."""
+        messages = chat_messages(message, self.messages)
+
+        def remember(answer: results.Generation) -> None:
+            self.messages = [*messages, {"role": "assistant", "content": answer.text}]
+
+        return self._client._open(GenerateOptions(messages=messages, **options), self.session_id, remember)
 
     async def info(self) -> results.SessionInfo:
         """What the gateway knows of it."""
@@ -161,10 +120,15 @@ class AsyncSession:
 class AsyncClient:
     """Calls to one gateway, from one event loop; close it, or use it as an async context manager."""
 
-    def __init__(self, address: str, *, token: str | None, timeout: float) -> None:
+    def __init__(
+        self, address: str, *, token: str | None, timeout: float, policy: RetryPolicy | None = None
+    ) -> None:
         self.address = address
+        self.policy = policy or RetryPolicy(random.random)
         self._timeout = timeout
         self._metadata = call_metadata(token)
+        self._loop = asyncio.get_running_loop()
+        self._cancels: set[asyncio.Task[None]] = set()  # CancelTurn calls whose answers are still to come
         self._channel = grpc.aio.insecure_channel(address, options=CHANNEL_OPTIONS)
         self._gateway = gateway_grpc.GatewayServiceStub(self._channel)
         self._admin = admin_grpc.AdminServiceStub(self._channel)
@@ -176,7 +140,32 @@ class AsyncClient:
 
     def generate_stream(self, prompt: str | None = None, **options: Any) -> AsyncGenerationStream:
         """Runs one turn as it happens; it starts when the stream is entered or first read."""
-        return AsyncGenerationStream(self, generate_request(GenerateOptions(prompt=prompt, **options)))
+        return self._open(GenerateOptions(prompt=prompt, **options), "")
+
+    async def chat(self, message: str | Sequence[Message], **options: Any) -> results.Generation:
+        """Runs one turn by the model's chat template: a user's message, or messages {"role": ..., "content": ...}."""
+        async with self.chat_stream(message, **options) as stream:
+            return await stream.result()
+
+    def chat_stream(self, message: str | Sequence[Message], **options: Any) -> AsyncGenerationStream:
+        """The same as it happens."""
+        return self._open(GenerateOptions(messages=chat_messages(message), **options), "")
+
+    def resume(
+        self, turn_id: str, next_index: int = 0, *, timeout: float | None = None
+    ) -> AsyncGenerationStream:
+        """Another stream of a turn, from its token number `next_index` (from 0) on; its result has what came from there on.
+
+        For a turn that another process has begun to read; a stream that breaks resumes by itself. Whoever still reads the turn
+        is told Cancelled. Raises NotFound if the turn is unknown or was asked for with resume=False, ResumeLost if what came
+        from there on is gone.
+        """
+        request = resume_request(turn_id, next_index)
+        return AsyncGenerationStream(self, request, timeout=timeout or self._timeout)
+
+    async def cancel_turn(self, turn_id: str) -> None:
+        """Ends a turn under way, whoever reads it; one that is over stays as it is. Raises NotFound."""
+        await self._ask(self._gateway.CancelTurn, gateway_pb.CancelTurnRequest(turn_id=turn_id))
 
     async def create_session(self, *, model: str = "", idle_limit_ms: int = 0) -> AsyncSession:
         """Opens a session; idle_limit_ms 0 is the gateway's default."""
@@ -249,7 +238,21 @@ class AsyncClient:
 
     async def close(self) -> None:
         """Closes the connection; calls under way end Cancelled."""
+        await asyncio.sleep(0)  # what was to be sent soon is sent
+        if self._cancels:
+            await asyncio.wait(tuple(self._cancels), timeout=PARTING_S)
         await self._channel.close()
+
+    def open_turn(self, request: gateway_pb.GenerateRequest, timeout: float) -> Any:
+        """For streams: a Generate call."""
+        return self._gateway.Generate(request, timeout=timeout, metadata=self._metadata)
+
+    def cancel_soon(self, turn_id: str) -> None:
+        """For streams: ends a turn without waiting for the answer. Any thread may call it."""
+        with contextlib.suppress(
+            RuntimeError
+        ):  # the loop is closed: the turn ends when nobody has listened for a while
+            self._loop.call_soon_threadsafe(self._post_cancel, turn_id)
 
     async def __aenter__(self) -> Self:
         return self
@@ -259,31 +262,37 @@ class AsyncClient:
     ) -> None:
         await self.close()
 
-    async def _start(self, request: gateway_pb.GenerateRequest) -> tuple[Any, gateway_pb.GenerateResponse]:
-        async def start() -> tuple[Any, gateway_pb.GenerateResponse]:
-            call: Any = self._gateway.Generate(request, timeout=self._timeout, metadata=self._metadata)
-            try:
-                return call, await call.read()
-            except BaseException:
-                call.cancel()
-                raise
+    def _post_cancel(self, turn_id: str) -> None:
+        task = self._loop.create_task(self._cancel(turn_id))
+        self._cancels.add(task)
+        task.add_done_callback(self._cancels.discard)
 
-        return await self._repeated(start, is_read=False)
+    async def _cancel(self, turn_id: str) -> None:
+        request = gateway_pb.CancelTurnRequest(turn_id=turn_id)
+        # Refused, lost, or the channel was closed meanwhile: the turn ends when nobody has listened for a while.
+        with contextlib.suppress(grpc.RpcError, asyncio.CancelledError, grpc.aio.UsageError):
+            await self._gateway.CancelTurn(request, timeout=CANCEL_TIMEOUT_S, metadata=self._metadata)
+
+    def _open(
+        self,
+        options: GenerateOptions,
+        session_id: str,
+        on_end: Callable[[results.Generation], None] | None = None,
+    ) -> AsyncGenerationStream:
+        request = generate_request(options, session_id)
+        return AsyncGenerationStream(self, request, timeout=options.timeout or self._timeout, on_end=on_end)
 
     async def _ask(self, method: Any, request: Any, *, is_read: bool = True) -> Any:
-        timeout = min(self._timeout, QUERY_TIMEOUT_S)
-
-        async def ask() -> Any:
-            return await method(request, timeout=timeout, metadata=self._metadata)
-
-        return await self._repeated(ask, is_read=is_read)
-
-    async def _repeated(self, attempt: Callable[[], Awaitable[T]], *, is_read: bool) -> T:
-        for pause_s in (*RETRY_PAUSES_S, None):
+        timeout, attempt = min(self._timeout, QUERY_TIMEOUT_S), 0
+        while True:
             try:
-                return await attempt()
+                answer = await method(request, timeout=timeout, metadata=self._metadata)
             except grpc.RpcError as failure:
-                if pause_s is None or not may_repeat(failure, is_read=is_read):
+                pause_s = self.policy.repeat_pause_s(failure, attempt, is_read=is_read)
+                if pause_s is None:
                     raise error_of(failure, self.address) from failure
-                await asyncio.sleep(pause_s)
-        raise AssertionError("the last attempt returns or raises")
+            else:
+                self.policy.budget.succeeded()
+                return answer
+            attempt += 1
+            await asyncio.sleep(pause_s)

@@ -6,32 +6,42 @@ with sparkrelay.connect() as client:
 
 from __future__ import annotations
 
+import contextlib
 import os
+import random
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from types import TracebackType
-from typing import Any, Self, TypeVar
+from typing import Any, Self
 
 import grpc
 
 from sparkrelay.client import results, translate
 from sparkrelay.client.address import (
+    CANCEL_TIMEOUT_S,
     CHANNEL_OPTIONS,
     GENERATE_TIMEOUT_S,
+    PARTING_S,
     QUERY_TIMEOUT_S,
     call_metadata,
     resolve_address,
 )
-from sparkrelay.client.calls import RETRY_PAUSES_S, CallGuard, TurnTranscript, may_repeat
+from sparkrelay.client.blocking_stream import GenerationStream
+from sparkrelay.client.calls import CallGuard
 from sparkrelay.client.errors import error_of
-from sparkrelay.client.requests import GenerateOptions, generate_request
+from sparkrelay.client.requests import (
+    GenerateOptions,
+    Message,
+    chat_messages,
+    generate_request,
+    resume_request,
+)
+from sparkrelay.client.retries import RetryPolicy
 from sparkrelay.runtime import read_runtime
 from sparkrelay.v1 import admin_service_pb2 as admin_pb
 from sparkrelay.v1 import admin_service_pb2_grpc as admin_grpc
 from sparkrelay.v1 import gateway_service_pb2 as gateway_pb
 from sparkrelay.v1 import gateway_service_pb2_grpc as gateway_grpc
-
-T = TypeVar("T")
 
 
 def connect(
@@ -45,63 +55,21 @@ def connect(
     return Client(resolve_address(address, os.environ, read_runtime()), token=token, timeout=timeout)
 
 
-class GenerationStream:
-    """One turn as it happens: iterate over its deltas, then read `result`. Leaving it, by any way, cancels what still runs."""
-
-    def __init__(self, call: Any, first: gateway_pb.GenerateResponse, address: str) -> None:
-        self._call = call
-        self._guard = CallGuard(call)
-        self._address = address
-        self._transcript = TurnTranscript()
-        self._transcript.add(first)
-
-    @property
-    def started(self) -> results.TurnStarted:
-        """Turn id, seed, verifier, drafter: known before the first token."""
-        assert self._transcript.started is not None, "the first event of a turn is `started`"
-        return self._transcript.started
-
-    @property
-    def result(self) -> results.Generation:
-        """The whole turn; reads the rest of it first if there is any."""
-        for _ in self:
-            pass
-        return self._transcript.whole
-
-    def cancel(self) -> None:
-        """Ends the turn now; what it has committed stays in the session."""
-        self._guard.release()
-
-    def __iter__(self) -> Iterator[results.Delta]:
-        try:
-            while self._transcript.generation is None:
-                event = next(self._call, None)
-                if event is None:
-                    break
-                delta = self._transcript.add(event)
-                if delta is not None:
-                    yield delta
-        except grpc.RpcError as failure:
-            raise error_of(failure, self._address) from failure
-        finally:
-            self._guard.release()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._guard.release()
-
-
 class Session:
-    """A conversation whose state stays warm on one verifier. Every turn is given the whole conversation so far."""
+    """A conversation whose state stays warm on one verifier; what was computed for it is not computed again.
+
+    with client.create_session() as session:
+        print(session.chat("Name a colour.").text)
+        print(session.chat("And another one.").text)
+
+    `chat` keeps the messages. `generate` does not: it is given the whole conversation each time.
+    """
 
     def __init__(self, client: Client, info: results.SessionInfo) -> None:
         self._client = client
         self.session_id = info.session_id
         self.model = info.model
+        self.messages: list[Message] = []
 
     def generate(self, prompt: str | None = None, **options: Any) -> results.Generation:
         """Runs one turn; the options are those of `Client.generate`."""
@@ -109,8 +77,22 @@ class Session:
             return stream.result
 
     def generate_stream(self, prompt: str | None = None, **options: Any) -> GenerationStream:
-        """Runs one turn as it happens."""
+        """Runs one turn as it happens; returns once it was accepted."""
         return self._client._open(GenerateOptions(prompt=prompt, **options), self.session_id)
+
+    def chat(self, message: str | Sequence[Message], **options: Any) -> results.Generation:
+        """Adds a message (or messages) to the conversation, and the answer to it."""
+        with self.chat_stream(message, **options) as stream:
+            return stream.result
+
+    def chat_stream(self, message: str | Sequence[Message], **options: Any) -> GenerationStream:
+        """The same as it happens; the conversation has the answer once it is whole."""
+        messages = chat_messages(message, self.messages)
+
+        def remember(answer: results.Generation) -> None:
+            self.messages = [*messages, {"role": "assistant", "content": answer.text}]
+
+        return self._client._open(GenerateOptions(messages=messages, **options), self.session_id, remember)
 
     def info(self) -> results.SessionInfo:
         """What the gateway knows of it."""
@@ -139,10 +121,14 @@ class Session:
 class Client:
     """Calls to one gateway. Safe to use from several threads; close it, or use it as a context manager."""
 
-    def __init__(self, address: str, *, token: str | None, timeout: float) -> None:
+    def __init__(
+        self, address: str, *, token: str | None, timeout: float, policy: RetryPolicy | None = None
+    ) -> None:
         self.address = address
+        self.policy = policy or RetryPolicy(random.random)
         self._timeout = timeout
         self._metadata = call_metadata(token)
+        self._cancels: set[Any] = set()  # CancelTurn calls whose answers are still to come
         self._channel = grpc.insecure_channel(address, options=CHANNEL_OPTIONS)
         self._gateway = gateway_grpc.GatewayServiceStub(self._channel)
         self._admin = admin_grpc.AdminServiceStub(self._channel)
@@ -155,6 +141,29 @@ class Client:
     def generate_stream(self, prompt: str | None = None, **options: Any) -> GenerationStream:
         """Runs one turn as it happens; returns once it was accepted."""
         return self._open(GenerateOptions(prompt=prompt, **options), "")
+
+    def chat(self, message: str | Sequence[Message], **options: Any) -> results.Generation:
+        """Runs one turn by the model's chat template: a user's message, or messages {"role": ..., "content": ...}."""
+        with self.chat_stream(message, **options) as stream:
+            return stream.result
+
+    def chat_stream(self, message: str | Sequence[Message], **options: Any) -> GenerationStream:
+        """The same as it happens."""
+        return self._open(GenerateOptions(messages=chat_messages(message), **options), "")
+
+    def resume(self, turn_id: str, next_index: int = 0, *, timeout: float | None = None) -> GenerationStream:
+        """Another stream of a turn, from its token number `next_index` (from 0) on; its result has what came from there on.
+
+        For a turn that another process has begun to read; a stream that breaks resumes by itself. Whoever still reads the turn
+        is told Cancelled. Raises NotFound if the turn is unknown or was asked for with resume=False, ResumeLost if what came
+        from there on is gone.
+        """
+        return GenerationStream(self, resume_request(turn_id, next_index), timeout=timeout or self._timeout)
+
+    def cancel_turn(self, turn_id: str) -> None:
+        """Ends a turn under way, whoever reads it; one that is over stays as it is. Raises NotFound."""
+        request = gateway_pb.CancelTurnRequest(turn_id=turn_id)
+        self._ask(self._gateway.CancelTurn, request)
 
     def create_session(self, *, model: str = "", idle_limit_ms: int = 0) -> Session:
         """Opens a session; idle_limit_ms 0 is the gateway's default."""
@@ -228,7 +237,25 @@ class Client:
 
     def close(self) -> None:
         """Closes the connection; calls under way end Cancelled."""
+        deadline = time.monotonic() + PARTING_S
+        for call in tuple(self._cancels):
+            with contextlib.suppress(grpc.RpcError, grpc.FutureTimeoutError, grpc.FutureCancelledError):
+                call.result(timeout=max(deadline - time.monotonic(), 0.0))
         self._channel.close()
+
+    def open_turn(self, request: gateway_pb.GenerateRequest, timeout: float) -> Any:
+        """For streams: a Generate call."""
+        return self._gateway.Generate(request, timeout=timeout, metadata=self._metadata)
+
+    def cancel_soon(self, turn_id: str) -> None:
+        """For streams: ends a turn without waiting for the answer."""
+        request = gateway_pb.CancelTurnRequest(turn_id=turn_id)
+        with contextlib.suppress(
+            ValueError
+        ):  # the channel is closed: the turn ends when nobody has listened for a while
+            call = self._gateway.CancelTurn.future(request, timeout=CANCEL_TIMEOUT_S, metadata=self._metadata)
+            self._cancels.add(call)
+            call.add_done_callback(self._cancels.discard)
 
     def __enter__(self) -> Self:
         return self
@@ -238,31 +265,26 @@ class Client:
     ) -> None:
         self.close()
 
-    def _open(self, options: GenerateOptions, session_id: str) -> GenerationStream:
+    def _open(
+        self,
+        options: GenerateOptions,
+        session_id: str,
+        on_end: Callable[[results.Generation], None] | None = None,
+    ) -> GenerationStream:
         request = generate_request(options, session_id)
-
-        def start() -> GenerationStream:
-            call = self._gateway.Generate(request, timeout=self._timeout, metadata=self._metadata)
-            try:
-                return GenerationStream(call, next(call), self.address)
-            except BaseException:
-                call.cancel()
-                raise
-
-        return self._repeated(start, is_read=False)
+        return GenerationStream(self, request, timeout=options.timeout or self._timeout, on_end=on_end)
 
     def _ask(self, method: Any, request: Any, *, is_read: bool = True) -> Any:
-        timeout = min(self._timeout, QUERY_TIMEOUT_S)
-        return self._repeated(
-            lambda: method(request, timeout=timeout, metadata=self._metadata), is_read=is_read
-        )
-
-    def _repeated(self, attempt: Callable[[], T], *, is_read: bool) -> T:
-        for pause_s in (*RETRY_PAUSES_S, None):
+        timeout, attempt = min(self._timeout, QUERY_TIMEOUT_S), 0
+        while True:
             try:
-                return attempt()
+                answer = method(request, timeout=timeout, metadata=self._metadata)
             except grpc.RpcError as failure:
-                if pause_s is None or not may_repeat(failure, is_read=is_read):
+                pause_s = self.policy.repeat_pause_s(failure, attempt, is_read=is_read)
+                if pause_s is None:
                     raise error_of(failure, self.address) from failure
-                time.sleep(pause_s)
-        raise AssertionError("the last attempt returns or raises")
+            else:
+                self.policy.budget.succeeded()
+                return answer
+            attempt += 1
+            time.sleep(pause_s)

@@ -1,16 +1,30 @@
-"""What the blocking and the asyncio client do alike with a turn: end it for certain, put its events together, take it up again."""
+"""What both clients do alike with a turn: end it for certain, put its events together, take its stream up again."""
 
 from __future__ import annotations
 
+import contextlib
+import secrets
+import threading
 from collections.abc import Callable
 from typing import Protocol
 
 import grpc
 
 from sparkrelay.client import results, translate
-from sparkrelay.client.errors import InternalError, SparkRelayError, Unavailable, error_of
+from sparkrelay.client.errors import (
+    InternalError,
+    NotFound,
+    SparkRelayError,
+    Unavailable,
+    error_of,
+    status_of,
+    was_cut,
+    was_never_sent,
+)
 from sparkrelay.client.requests import resume_request
 from sparkrelay.client.retries import RetryPolicy
+from sparkrelay.errors import refusal_of
+from sparkrelay.outcomes import Reason
 from sparkrelay.v1 import gateway_service_pb2 as gateway_pb
 
 
@@ -51,7 +65,12 @@ class CallGuard:
                 self._after()
 
     def __del__(self) -> None:
-        self.release()
+        call, after = self._call, self._after
+        self.release(over=True)
+        if call is not None and after is not None:
+            # Not here: a finaliser may run inside gRPC, which holds locks that a new call would wait for.
+            with contextlib.suppress(RuntimeError):  # the interpreter is ending
+                threading.Thread(target=after, daemon=True).start()
 
 
 class TurnTranscript:
@@ -111,7 +130,12 @@ class TurnTranscript:
 class Turn:
     """One turn across all its streams: which request comes next, and whether a broken stream is taken up again.
 
-    resume  False: a broken stream is an error
+    A turn that lingers has an id of this client's making, so a stream that breaks before its first event is resumed too; if the
+    gateway does not know the id, the turn never began, and is asked for again.
+
+    request  the next one to send
+    new_id   an id that nobody can guess, for a turn that is new and lingers
+    on_end   told once, when the turn is whole
     """
 
     def __init__(
@@ -120,46 +144,87 @@ class Turn:
         policy: RetryPolicy,
         address: str,
         *,
-        resume: bool,
+        new_id: Callable[[], str],
+        on_end: Callable[[results.Generation], None] | None = None,
     ) -> None:
         self.transcript = TurnTranscript(request.resume.next_index)
-        self.request = request
+        self.lingers = request.linger_ms > 0
+        self._is_new = request.WhichOneof("input") != "resume"
+        if self._is_new and self.lingers:
+            request.turn_id = new_id()
+        self.request = self._first_request = request
+        self.turn_id = (
+            request.turn_id or request.resume.turn_id
+        )  # of a turn that does not linger: known once it started
         self._policy = policy
         self._address = address
-        self._resume = resume
+        self._on_end = on_end
+        self._was_sent = False
         self._attempt = 0
-        self._first_failure: grpc.RpcError | None = None  # since anything came
+        self._broken: grpc.RpcError | None = None  # what cut the stream, until anything comes again
+
+    @property
+    def is_whole(self) -> bool:
+        """True once the last event has come."""
+        return self.transcript.generation is not None
+
+    def tell_end(self) -> None:
+        """The stream was read to its end."""
+        on_end, self._on_end = self._on_end, None
+        if on_end is not None and self.transcript.generation is not None:
+            on_end(self.transcript.generation)
 
     def add(self, event: gateway_pb.GenerateResponse) -> results.Delta | None:
         """Takes in one event."""
         delta = self.transcript.add(event)
-        self._first_failure = None
+        if self.transcript.started is not None:
+            self.turn_id = self.transcript.started.turn_id
+        self._policy.budget.succeeded()
+        self._broken, self._was_sent = None, True
         if delta is not None:
             self._attempt = 0
         return delta
 
     def pause_s(self, failure: grpc.RpcError) -> float | None:
-        """Seconds to wait before the stream is resumed; None: the failure is final."""
-        self._first_failure = self._first_failure or failure
-        started = self.transcript.started
-        if not self._resume or started is None:
+        """Seconds to wait before `request` is sent; None: the failure is final."""
+        attempt, self._attempt = self._attempt, self._attempt + 1
+        if not self._was_sent and was_never_sent(failure):
+            return self._policy.repeat_pause_s(failure, attempt, is_read=False)
+        self._was_sent = True
+        if not self.lingers:
             return None
-        pause_s = self._policy.resume_pause_s(failure, self._attempt)
-        self._attempt += 1
-        self.request = resume_request(started.turn_id, self.transcript.next_index)
-        return pause_s
+        if self._is_new and self.transcript.started is None and _is_unknown_turn(failure):
+            self.request = self._first_request
+            return self._policy.resume_pause_s(failure, attempt, even_if_answered=True)
+        self._broken = self._broken or failure
+        self.request = resume_request(self.turn_id, self.transcript.next_index)
+        return self._policy.resume_pause_s(failure, attempt)
 
     def error_of(self, failure: grpc.RpcError) -> SparkRelayError:
         """The error of the turn: what broke its stream, and what came of the attempts to resume it."""
-        error, started = error_of(failure, self._address), self.transcript.started
-        if started is None:
-            return error
-        if self._first_failure not in (None, failure):
-            broken = self._first_failure.details() if callable(getattr(self._first_failure, "details", None)) else ""
+        error, broken = error_of(failure, self._address), self._broken
+        if broken is not None and broken is not failure and isinstance(error, Unavailable | NotFound):
             error = Unavailable(
-                f"The connection to the gateway was lost during the turn ({broken}), and the turn could not be resumed: "
-                f"{error.message}",
-                reason="RESUME_LOST",
+                "The connection to the gateway was lost during the turn "
+                f"({error_of(broken, self._address).message}), and the turn could not be resumed: {error.message}",
+                reason=Reason.RESUME_LOST.name,
             )
-        error.turn_id, error.trace_id = started.turn_id, error.trace_id or started.trace_id
+        started = self.transcript.started
+        if started is not None:
+            error.turn_id, error.trace_id = started.turn_id, error.trace_id or started.trace_id
         return error
+
+
+def new_turn_id() -> str:
+    """An id that nobody can guess."""
+    return f"turn-{secrets.token_hex(12)}"
+
+
+def _is_unknown_turn(failure: grpc.RpcError) -> bool:
+    return refusal_of(failure).reason is Reason.TURN_NOT_FOUND
+
+
+def is_over(failure: grpc.RpcError) -> bool:
+    """True if the gateway itself said that the turn has ended; otherwise it may go on there."""
+    here = (grpc.StatusCode.CANCELLED, grpc.StatusCode.DEADLINE_EXCEEDED)
+    return not was_cut(failure) and status_of(failure) not in here

@@ -101,6 +101,13 @@ def resume_request(turn_id: str, next_index: int) -> gateway_pb.GenerateRequest:
     return gateway_pb.GenerateRequest(resume=resume, linger_ms=LINGER_MS)
 
 
+def chat_messages(message: str | Sequence[Message], earlier: Sequence[Message] = ()) -> list[Message]:
+    """A conversation and what comes next in it: a user's message, or messages as they are."""
+    if isinstance(message, str):
+        return [*earlier, {"role": "user", "content": message}]
+    return [*earlier, *message]
+
+
 def _set_input(request: gateway_pb.GenerateRequest, options: GenerateOptions) -> None:
     given = [options.prompt is not None, options.messages is not None, options.token_ids is not None]
     if sum(given) != 1:

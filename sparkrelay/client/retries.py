@@ -1,7 +1,7 @@
 """When a call is sent again, and after which pause. Pure: randomness is an argument.
 
-Safe to repeat: questions, when the gateway was away; anything else, if it never left this machine. A turn that may have begun is
-never sent again; its stream is resumed instead, which repeats nothing.
+Safe to repeat: questions, when the gateway was away; anything else, if it never left this machine. A turn that may have
+begun is never sent again: its stream is resumed instead, which repeats nothing.
 """
 
 from __future__ import annotations
@@ -67,9 +67,12 @@ class RetryPolicy:
         safe = status_of(failure) is grpc.StatusCode.UNAVAILABLE if is_read else was_never_sent(failure)
         return self._pause_s(self._repeat_pauses_s, attempt) if safe else None
 
-    def resume_pause_s(self, failure: grpc.RpcError, attempt: int) -> float | None:
+    def resume_pause_s(
+        self, failure: grpc.RpcError, attempt: int, *, even_if_answered: bool = False
+    ) -> float | None:
         """The same for a stream that broke, `attempt` counted since it last made progress."""
-        return self._pause_s(self._resume_pauses_s, attempt) if was_cut(failure) else None
+        retried = even_if_answered or was_cut(failure)
+        return self._pause_s(self._resume_pauses_s, attempt) if retried else None
 
     def _pause_s(self, pauses_s: tuple[float, ...], attempt: int) -> float | None:
         if attempt >= len(pauses_s) or not self.budget.take():

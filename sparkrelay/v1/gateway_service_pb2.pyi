@@ -296,6 +296,7 @@ class GenerateRequest(_message.Message):
     LOGPROB_COUNT_FIELD_NUMBER: _builtins.int
     RESPONSE_FORMAT_FIELD_NUMBER: _builtins.int
     LINGER_MS_FIELD_NUMBER: _builtins.int
+    TURN_ID_FIELD_NUMBER: _builtins.int
     model: _builtins.str
     """The model; empty if only one is served."""
     session_id: _builtins.str
@@ -309,6 +310,11 @@ class GenerateRequest(_message.Message):
     linger_ms: _builtins.int
     """When this stream breaks the turn goes on unheard for so long, so that a `resume` can pick it up; then it is cancelled. 0: it is cancelled
     with its stream. At most 120,000. With `resume`: the same for the new stream.
+    """
+    turn_id: _builtins.str
+    """Id of the new turn, chosen by the client: 16 to 128 printable characters that nobody can guess. So a stream that breaks before its first
+    event can be resumed too, and a turn that `resume` does not find never began. An id that is known already is refused. Empty: the gateway
+    draws one.
     """
     @_builtins.property
     def chat(self) -> Global___ChatMessages:
@@ -354,10 +360,11 @@ class GenerateRequest(_message.Message):
         logprob_count: _builtins.int | None = ...,
         response_format: _generation_pb2.ResponseFormat | None = ...,
         linger_ms: _builtins.int = ...,
+        turn_id: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_logprob_count", b"_logprob_count", "chat", b"chat", "input", b"input", "logprob_count", b"logprob_count", "response_format", b"response_format", "resume", b"resume", "sampling", b"sampling", "speculation", b"speculation", "stop", b"stop", "text", b"text", "tokens", b"tokens"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_logprob_count", b"_logprob_count", "chat", b"chat", "include_rounds", b"include_rounds", "input", b"input", "linger_ms", b"linger_ms", "logprob_count", b"logprob_count", "model", b"model", "response_format", b"response_format", "resume", b"resume", "sampling", b"sampling", "session_id", b"session_id", "speculation", b"speculation", "stop", b"stop", "text", b"text", "tokens", b"tokens"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_logprob_count", b"_logprob_count", "chat", b"chat", "include_rounds", b"include_rounds", "input", b"input", "linger_ms", b"linger_ms", "logprob_count", b"logprob_count", "model", b"model", "response_format", b"response_format", "resume", b"resume", "sampling", b"sampling", "session_id", b"session_id", "speculation", b"speculation", "stop", b"stop", "text", b"text", "tokens", b"tokens", "turn_id", b"turn_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__logprob_count: _TypeAlias = _typing.Literal["logprob_count"]  # noqa: Y015
     _WhichOneofArgType__logprob_count: _TypeAlias = _typing.Literal["_logprob_count", b"_logprob_count"]  # noqa: Y015

@@ -17,6 +17,7 @@ import sparkrelay
 from sparkrelay.client import DeadlineExceeded, InvalidRequest, Unavailable
 from sparkrelay.client.address import resolve_address
 from sparkrelay.client.requests import GenerateOptions, generate_request
+from sparkrelay.client.retries import RetryBudget, RetryPolicy
 from sparkrelay.v1 import gateway_service_pb2 as gateway_pb
 from sparkrelay.v1 import gateway_service_pb2_grpc as gateway_grpc
 from tests.gateway.fake_verifier import continuation, running
@@ -103,6 +104,7 @@ async def test_a_turn_whose_connection_was_never_made_is_sent_again_and_runs_onc
 
     refuse_abstract(Gateway)
     async with sparkrelay.aio.connect(f"127.0.0.1:{port}") as client:
+        client.policy = RetryPolicy(lambda: 0.5, repeat_pauses_s=(0.1,) * 300, budget=RetryBudget(1000.0))
         turn = asyncio.create_task(client.generate(token_ids=PROMPT))
         state = client._channel.get_state()
         # Asked once a turn of the loop: without a server TRANSIENT_FAILURE stays, so waiting for a change from it never ends.
@@ -118,14 +120,20 @@ async def test_a_turn_whose_connection_was_never_made_is_sent_again_and_runs_onc
         await server.stop(0)
 
 
-async def test_a_turn_that_was_sent_is_never_sent_again() -> None:
-    attempts: list[int] = []
+@pytest.mark.parametrize(("resume", "calls"), [(False, ["tokens"]), (True, ["tokens"] + ["resume"] * 3)])
+async def test_a_turn_that_was_sent_is_never_sent_again_but_resumed_if_it_may(
+    resume: bool, calls: list[str]
+) -> None:
+    attempts: list[str] = []
 
     class Gateway(gateway_grpc.GatewayServiceServicer):
         async def Generate(self, request, context):  # type: ignore[no-untyped-def]
-            attempts.append(1)
+            attempts.append(request.WhichOneof("input"))
             await context.abort(grpc.StatusCode.UNAVAILABLE, "a proxy lost the gateway")
             yield
+
+        async def CancelTurn(self, request, context):  # type: ignore[no-untyped-def]
+            return gateway_pb.CancelTurnResponse()
 
     refuse_abstract(Gateway)
     server = grpc.aio.server()
@@ -133,9 +141,10 @@ async def test_a_turn_that_was_sent_is_never_sent_again() -> None:
     port = server.add_insecure_port("127.0.0.1:0")
     await server.start()
     async with sparkrelay.aio.connect(f"127.0.0.1:{port}") as client:
+        client.policy = RetryPolicy(lambda: 0.5, resume_pauses_s=(0.01,) * 3)
         with pytest.raises(Unavailable, match="a proxy lost the gateway"):
-            await client.generate(token_ids=PROMPT)
-    assert len(attempts) == 1
+            await client.generate(token_ids=PROMPT, resume=resume)
+    assert attempts == calls
     await server.stop(0)
 
 
