@@ -22,19 +22,19 @@ from tests.gateway.fake_verifier import continuation, running
 
 PROMPT = (5, 9, 11)
 PATIENT = RetryPolicy(lambda: 0.5, resume_pauses_s=(0.02,) * 100, budget=RetryBudget(10_000.0))
-CUTS = st.lists(st.integers(1, 1500), min_size=1, max_size=6)
+CUTS = st.lists(st.integers(1, 2000), min_size=1, max_size=8)
 
 
 def blocking_turn(address: str) -> Generation:
     with sparkrelay.connect(address) as client:
         client.policy = PATIENT
-        return client.generate(token_ids=PROMPT, max_tokens=40, seed=1, include_rounds=True, logprobs=0)
+        return client.generate(token_ids=PROMPT, max_tokens=100, seed=1, include_rounds=True, logprobs=0)
 
 
 async def aio_turn(address: str) -> Generation:
     async with sparkrelay.aio.connect(address) as client:
         client.policy = PATIENT
-        return await client.generate(token_ids=PROMPT, max_tokens=40, seed=1, include_rounds=True, logprobs=0)
+        return await client.generate(token_ids=PROMPT, max_tokens=100, seed=1, include_rounds=True, logprobs=0)
 
 
 def shown(whole: Generation) -> tuple[object, ...]:
@@ -49,7 +49,7 @@ def test_wherever_the_connection_is_cut_the_turn_is_the_undisturbed_one_and_ran_
     async def turns() -> None:
         async with running() as stack, cutting_proxy(stack.address, cuts) as proxy:
             undisturbed = await aio_turn(stack.address)
-            assert undisturbed.token_ids == continuation(PROMPT, 40)
+            assert undisturbed.token_ids == continuation(PROMPT, 100)
             turn = (
                 await asyncio.to_thread(blocking_turn, proxy.address)
                 if blocking
