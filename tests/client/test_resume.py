@@ -34,7 +34,9 @@ def blocking_turn(address: str) -> Generation:
 async def aio_turn(address: str) -> Generation:
     async with sparkrelay.aio.connect(address) as client:
         client.policy = PATIENT
-        return await client.generate(token_ids=PROMPT, max_tokens=100, seed=1, include_rounds=True, logprobs=0)
+        return await client.generate(
+            token_ids=PROMPT, max_tokens=100, seed=1, include_rounds=True, logprobs=0
+        )
 
 
 def shown(whole: Generation) -> tuple[object, ...]:
