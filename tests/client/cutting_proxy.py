@@ -18,13 +18,13 @@ class CuttingProxy:
     cut_count: int = 0
     connection_count: int = 0
     address: str = ""
-    _writers: set[asyncio.StreamWriter] = field(default_factory=set)
-    _tasks: set[asyncio.Task[None]] = field(default_factory=set)
+    _open: set[tuple[asyncio.StreamWriter, asyncio.StreamWriter]] = field(default_factory=set)
 
     def cut_all(self) -> None:
-        """Cuts what is open now."""
-        for writer in tuple(self._writers):
-            writer.transport.abort()
+        """Cuts what is open now, on both sides."""
+        for pair in tuple(self._open):
+            for writer in pair:
+                writer.transport.abort()
             self.cut_count += 1
 
     async def handle(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -36,18 +36,17 @@ class CuttingProxy:
             writer.transport.abort()
             return
         limit = self.cut_after.popleft() if self.cut_after else None
-        self._writers.add(writer)
+        pair = (writer, server_writer)
+        self._open.add(pair)
         up = asyncio.create_task(self._copy(reader, server_writer, None))
-        self._tasks.add(up)
         try:
             if await self._copy(server_reader, writer, limit):
                 self.cut_count += 1
         finally:
-            self._writers.discard(writer)
+            self._open.discard(pair)
             up.cancel()
-            self._tasks.discard(up)
-            writer.transport.abort()
-            server_writer.transport.abort()
+            for each in pair:
+                each.transport.abort()
 
     async def _copy(
         self, source: asyncio.StreamReader, sink: asyncio.StreamWriter, limit: int | None
