@@ -159,7 +159,8 @@ def _make_engine(settings: DrafterSettings, threads: int) -> _Running:
         loaded.model.fingerprint,
     )
     limits = KeepLimits(settings.kept_sessions, settings.kept_tokens)
-    return _Running(loaded, DraftEngine(loaded.model, hello, _clock_us, limits), hello)
+    engine = DraftEngine(loaded.model, hello, _clock_us, limits, max_sessions=settings.max_sessions)
+    return _Running(loaded, engine, hello)
 
 
 def _link(address: str, settings: DrafterSettings, links: Links, loaded: LoadedModel) -> VerifierLink:

@@ -55,16 +55,25 @@ class DraftEngine:
     hello     what every link begins with
     clock_us  what draft times are measured with; the clock of `step`'s now_us and of received_us
     limits    of the sessions that are kept between two memberships
+    max_sessions  memberships of all links together; more invites are declined. 0: as many as the verifiers allow
     """
 
     def __init__(
-        self, model: DraftModel, hello: Hello, clock_us: Callable[[], int], limits: KeepLimits | None = None
+        self,
+        model: DraftModel,
+        hello: Hello,
+        clock_us: Callable[[], int],
+        limits: KeepLimits | None = None,
+        *,
+        max_sessions: int = 0,
     ) -> None:
         self._model = model
         self._hello = hello
         self._clock_us = clock_us
         self._kept = KeptSessions(limits if limits is not None else KeepLimits())
         self._links: dict[int, LinkSessions] = {}
+        self._max_sessions = max_sessions
+        self._taken_count = 0  # sessions of memberships and of joins without an answer
         self._last_key = 0
         self._leaving = False
         self._wanting: dict[Member, None] = {}  # in the order in which they came to want a block
@@ -142,9 +151,10 @@ class DraftEngine:
     # ---- sessions between memberships ------------------------------------------------------------------------------------------
 
     def _take_session(self, session_id: str) -> DraftSession | None:
-        """The session for a membership that begins, with what is still known of it. None: take no invite any more."""
-        if self._leaving:
+        """The session for a membership that begins, with what is still known of it. None: the invite is declined."""
+        if self._leaving or (self._max_sessions and self._taken_count >= self._max_sessions):
             return None
+        self._taken_count += 1
         session = self._kept.take(session_id)
         if session is None:
             self._last_key += 1
@@ -153,6 +163,7 @@ class DraftEngine:
 
     def _put_back(self, session_id: str, session: DraftSession, keep: bool) -> None:
         """A membership is over."""
+        self._taken_count -= 1
         session.left()
         if keep:
             for key in self._kept.keep(session_id, session):

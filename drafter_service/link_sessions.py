@@ -208,12 +208,16 @@ class LinkSessions:
 
     def _answer_invite(self, invite: Invite, heard: Heard) -> None:
         session_id = invite.session_id
-        if session_id in self._joining or len(self._members) + len(self._joining) >= self._session_limit:
+        if session_id in self._joining:
             heard.ignored_count += 1
             return
-        session = self._take_session(session_id)
+        full = len(self._members) + len(self._joining) >= self._session_limit
+        session = None if full else self._take_session(session_id)
         if session is None:
-            heard.ignored_count += 1
+            # Said, not kept quiet: the verifier asks another drafter at once instead of waiting for this one.
+            leave = Leave(0, Reason.DRAFTER_DECLINED, session_id)
+            self._side.send(leave)
+            heard.answers.append(leave)
             return
         self._joining[session_id] = session
         join = Join(session_id, invite.token, len(session.ids), chain_hash(session.ids))

@@ -70,6 +70,12 @@ class DrafterSettings(ServiceSettings):
     ngram_min: int = Field(1, ge=1, le=16, description="For ngram: the shortest match that is looked up.")
     ngram_max: int = Field(4, ge=1, le=16, description="For ngram: the longest match that is looked up.")
     seed: int = Field(0, ge=0, description="For random and adversarial: decides what they say.")
+    max_sessions: int = Field(
+        0,
+        ge=0,
+        le=100_000,
+        description="Sessions drafted for at once, of all verifiers; more invites are declined. 0: as many as they allow.",
+    )
     kept_sessions: int = Field(
         1024, ge=0, description="Sessions remembered after they were left; the oldest go first."
     )

@@ -161,8 +161,11 @@ class TurnEnded:
 
 @dataclass(frozen=True, slots=True)
 class Leave:
+    """session_id: of an invite that is declined; then handle is 0."""
+
     handle: int
     reason: Reason
+    session_id: str = ""
 
 
 @dataclass(frozen=True, slots=True)

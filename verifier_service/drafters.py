@@ -227,6 +227,14 @@ class Drafters:
         wish.reinvited.add(drafter.drafter_id)
         return self._ask_next(wish)
 
+    def declined(self, link_id: int, session_id: str) -> list[Effect]:
+        """An invited drafter does not want the session: not asked again in this turn, the next one is."""
+        drafter, wish = self._by_link.get(link_id), self._wishes.get(session_id)
+        if drafter is None or wish is None or wish.asked != drafter.drafter_id:
+            return []
+        wish.declined.add(drafter.drafter_id)
+        return self._ask_next(wish)
+
     def joined(self, member_id: int) -> None:
         """The engine took it."""
         self._member_of[self._members[member_id].session_id] = member_id

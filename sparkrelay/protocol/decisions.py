@@ -113,6 +113,14 @@ class MemberLeft:
     reason: Reason
 
 
+@dataclass(frozen=True, slots=True)
+class InviteDeclined:
+    """The drafter does not want the session: its invitation is void, ask another one."""
+
+    session_id: str
+    reason: Reason
+
+
 # ---- decisions of a drafter -------------------------------------------------------------------------------------------------
 
 
@@ -123,7 +131,7 @@ class Welcomed:
 
 @dataclass(frozen=True, slots=True)
 class Invited:
-    """Answer with Join, or do nothing."""
+    """Answer with Join, or with Leave(0, why, session_id)."""
 
     invite: Invite
 
@@ -186,6 +194,7 @@ VerifierDecision = (
     | RefuseJoin
     | BlocksAccepted
     | MemberLeft
+    | InviteDeclined
     | EndMembership
     | Ignored
     | AnswerPong

@@ -34,6 +34,7 @@ from sparkrelay.protocol.decisions import (
     BlocksAccepted,
     EndMembership,
     Ignored,
+    InviteDeclined,
     JoinAsked,
     LocalProtocolError,
     MemberLeft,
@@ -206,6 +207,10 @@ class VerifierSide:
         return decisions
 
     def _leave(self, leave: Leave) -> list[VerifierDecision]:
+        session_id = leave.session_id
+        invited = leave.handle == 0 and session_id not in self._joining
+        if invited and self.invites.pop(session_id, b"") != b"":
+            return [InviteDeclined(session_id, leave.reason)]
         member = self._forget(leave.handle)
         if member is None:
             return [Ignored(leave.handle, "leave of no membership")]

@@ -1062,25 +1062,29 @@ Global___TurnEnded: _TypeAlias = TurnEnded  # noqa: Y015
 
 @_typing.final
 class Leave(_message.Message):
-    """The drafter gives up a session."""
+    """The drafter gives up a session (handle set), or declines an invite (session_id set and handle 0), so that another drafter is asked at once."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
     HANDLE_FIELD_NUMBER: _builtins.int
     REASON_FIELD_NUMBER: _builtins.int
+    SESSION_ID_FIELD_NUMBER: _builtins.int
     handle: _builtins.int
-    """The session."""
+    """The session of the membership; 0 if an invite is declined."""
     reason: _errors_pb2.Reason.ValueType
     """Why."""
+    session_id: _builtins.str
+    """The session of a declined invite."""
     def __init__(
         self,
         *,
         handle: _builtins.int = ...,
         reason: _errors_pb2.Reason.ValueType = ...,
+        session_id: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["handle", b"handle", "reason", b"reason"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["handle", b"handle", "reason", b"reason", "session_id", b"session_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

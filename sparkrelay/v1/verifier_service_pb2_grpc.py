@@ -90,7 +90,7 @@ class VerifierServiceServicer:
         1. The drafter sends `hello` first. The verifier answers `welcome`, or closes with FAILED_PRECONDITION and a message that names
         each field of the fingerprint that differs.
         2. The verifier sends `invite` for a session that was given to this drafter; the drafter sends `join` with the tokens it
-        still holds and their chain hash; the verifier answers `joined` with a handle, never used again in this stream, and how many
+        still holds and their chain hash, or declines with `leave`; the verifier answers `joined` with a handle, never used again in this stream, and how many
         of these tokens to keep. A later join of the same session, from anywhere, ends this one with `left` SUPERSEDED.
         3. The verifier sends `turn_started` when a turn runs, or at once if one is running at the join, and `rewound` when the session's tokens
         are cut. What the drafter lacks up to turn_started.base_len comes as `context` on FeedContext; everything committed after it

@@ -79,10 +79,9 @@ def drafter_frame_pb(frame: DrafterFrame) -> pb2.SpeculateRequest:
         case Join(session_id, token, tokens_held, held_hash):
             join = pb2.Join(session_id=session_id, token=token, tokens_held=tokens_held, held_hash=held_hash)
             return pb2.SpeculateRequest(join=join)
-        case Leave(handle, why):
-            return pb2.SpeculateRequest(
-                leave=pb2.Leave(handle=handle, reason=errors_pb2.Reason.ValueType(why))
-            )
+        case Leave(handle, why, session_id):
+            leave = pb2.Leave(handle=handle, reason=errors_pb2.Reason.ValueType(why), session_id=session_id)
+            return pb2.SpeculateRequest(leave=leave)
 
 
 def _hello(pb: pb2.Hello) -> Hello:
@@ -158,7 +157,9 @@ _DRAFTER_READERS: dict[str, Callable[[Any], DrafterFrame]] = {
     "hello": _hello,
     "join": _join,
     "blocks": _blocks,
-    "leave": lambda pb: Leave(pb.handle, reason(pb.reason)),
+    "leave": lambda pb: Leave(
+        pb.handle, reason(pb.reason), within("leave.session_id", pb.session_id, ID_LIMIT)
+    ),
     "ping": lambda pb: Ping(pb.sequence),
     "pong": lambda pb: Pong(pb.sequence),
 }

@@ -328,13 +328,13 @@ def test_a_model_with_nothing_to_say_is_asked_again_only_when_more_is_committed(
     assert model.calls == [1, 1]
 
 
-def test_leaving_all_says_leave_for_each_session_and_takes_no_invite_any_more(world: Harness) -> None:
+def test_leaving_all_says_leave_for_each_session_and_declines_what_comes_then(world: Harness) -> None:
     world.member("a")
     world.member("b")
     frames = world.step(LeaveAll())
     assert frames == [Leave(1, Reason.DRAINING), Leave(2, Reason.DRAINING)]
     assert isinstance(world.events[-1], AllLeft)
-    assert world.tell(Invite("c", b"token")) == []
+    assert world.tell(Invite("c", b"token")) == [Leave(0, Reason.DRAFTER_DECLINED, "c")]
 
 
 def test_context_frames_are_reported_when_the_engine_has_taken_them(world: Harness) -> None:

@@ -37,6 +37,7 @@ from sparkrelay.protocol import (
     EndMembership,
     Greeted,
     Ignored,
+    InviteDeclined,
     JoinAsked,
     Keepalive,
     MemberLeft,
@@ -77,6 +78,7 @@ class LinkOwner(Protocol):
     def welcomed(self, link: DrafterLink, greeted: Greeted) -> Drafter: ...
     def join_asked(self, link: DrafterLink, decision: JoinAsked) -> None: ...
     def join_refused(self, link: DrafterLink, decision: RefuseJoin) -> None: ...
+    def invite_declined(self, link: DrafterLink, decision: InviteDeclined) -> None: ...
     def member_gone(self, member_id: int, reason: Reason, *, may_return: bool = False) -> None: ...
     def blocks_arrived(self, blocks: Iterable[BlockArrived]) -> None: ...
 
@@ -127,6 +129,7 @@ class DrafterLink:
             RefuseJoin: self._refuse_join,
             BlocksAccepted: self._blocks_accepted,
             MemberLeft: self._member_left,
+            InviteDeclined: lambda decision: self._owner.invite_declined(self, decision),
             EndMembership: self._end_membership,
             Ignored: self._ignore,
             AnswerPong: lambda decision: self.say(Pong(decision.sequence)),

@@ -14,7 +14,7 @@ import structlog
 
 from sparkrelay.frames import Context, Invite, Joined, Rewound, TurnEnded, TurnStarted
 from sparkrelay.outcomes import Reason, Refusal
-from sparkrelay.protocol import Greeted, JoinAsked, RefuseJoin
+from sparkrelay.protocol import Greeted, InviteDeclined, JoinAsked, RefuseJoin
 from verifier_service.drafters import CloseLink, Drafter, Drafters, Effect, SendInvite
 from verifier_service.events import (
     AddMember,
@@ -303,6 +303,10 @@ class Hub:
     def join_refused(self, link: DrafterLink, decision: RefuseJoin) -> None:
         """A drafter asked for a session and may not have it."""
         self._apply(self.drafters.join_refused(link.link_id, decision.session_id, decision.reason))
+
+    def invite_declined(self, link: DrafterLink, decision: InviteDeclined) -> None:
+        """A drafter does not want the session: the next one is asked."""
+        self._apply(self.drafters.declined(link.link_id, decision.session_id))
 
     def member_gone(self, member_id: int, reason: Reason, *, may_return: bool = False) -> None:
         """A membership ended on the link's side."""

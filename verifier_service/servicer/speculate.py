@@ -26,6 +26,8 @@ from verifier_service.servicer.hub import Hub
 
 Context = grpc.aio.ServicerContext[Any, Any]
 
+LAST_WRITE_S = 0.5  # for a peer that does not read: then the stream is cut off without a word
+
 
 async def speculate(
     hub: Hub, requests: AsyncIterator[pb2.SpeculateRequest], context: Context, tick_s: float
@@ -34,7 +36,7 @@ async def speculate(
     link = hub.open_link()
     reason, message = Reason.UNSPECIFIED, "the drafter's stream broke"
     try:
-        await _first_of(_read(link, requests), _write(link, context), _tick(link, tick_s))
+        await _first_of(link, _write(link, context), _read(link, requests), _tick(link, tick_s))
         message = "the drafter closed its stream"
         if link.refusal is not None:
             reason, message = link.refusal.reason, link.refusal.message
@@ -56,7 +58,7 @@ async def feed_context(hub: Hub, requests: AsyncIterator[pb2.FeedContextRequest]
     except Refusal as refusal:
         await abort(context, refusal)
     try:
-        await _first_of(_read_feed(link, requests), _write_feed(link, context))
+        await _first_of(link, _write_feed(link, context), _read_feed(link, requests))
     except Refusal as refusal:
         link.close(refusal)
     finally:
@@ -150,11 +152,22 @@ async def _write_feed(link: DrafterLink, context: Context) -> None:
 # ---- tasks ------------------------------------------------------------------------------------------------------------------
 
 
-async def _first_of(*coroutines: Coroutine[Any, Any, None]) -> None:
-    """Runs all until the first one ends, then ends the others. Raises what the first one raised."""
-    tasks = [asyncio.ensure_future(coroutine) for coroutine in coroutines]
+async def _first_of(
+    link: DrafterLink, writer: Coroutine[Any, Any, None], *others: Coroutine[Any, Any, None]
+) -> None:
+    """Runs all until the first one ends, then ends the others. Raises what the first one raised.
+
+    A write under way is let end first: gRPC takes no status from us, and the peer gets none, while one is in the air.
+    """
+    writing = asyncio.ensure_future(writer)
+    tasks = [writing, *map(asyncio.ensure_future, others)]
     try:
         done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+        for task in done:
+            error = task.exception()
+            if error is None or isinstance(error, Refusal):
+                link.close(error)  # tells the writer to end
+        await asyncio.wait([writing], timeout=LAST_WRITE_S)
         for task in done:
             task.result()
     finally:
