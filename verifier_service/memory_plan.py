@@ -71,10 +71,15 @@ def plan_state(
         growth_count = min(fitting // 2, -(-info.context_limit // info.block_tokens))
         count = fitting - growth_count
     if count < 1:
+        free_words = f"{free.mib} MiB are free ({free.source})"
+        if state_memory_mib:
+            next_step = f"set at least {-(-block_bytes // MIB)}, or 0 for what is free: {free_words}"
+        else:
+            kept = f"{margin // MIB} of them kept back (memory_margin_mib)"
+            next_step = f"{free_words}, {kept}: free memory, allow more, or serve a smaller model"
         raise ValueError(
             f"state_memory_mib: {budget // MIB} MiB hold no block of {info.block_tokens} tokens, which takes "
-            f"{block_bytes / MIB:.1f} MiB; {free.mib} MiB are free ({free.source}), {margin // MIB} of them kept back "
-            "(memory_margin_mib). Free memory, allow more, or serve a smaller model"
+            f"{block_bytes / MIB:.1f} MiB; {next_step}"
         )
     return StatePlan(
         block_count=min(count, BLOCK_LIMIT),
