@@ -1,0 +1,103 @@
+"""Our engine without its services: `python -m benchmarks.own_engine OPTIONS_JSON`. What the stack adds is the difference.
+
+Options: {"model": name or toy, "dtype": name, "threads": N, "read_speed": whether `about` shall say how fast these threads read
+memory}.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from benchmarks.child import Marks, RunPrompts, serve
+from benchmarks.floor import read_speed
+from sparkrelay.outcomes import FinishReason
+from sparkrelay.sampling import Sampling
+from sparkrelay.settings import load
+from verifier_service.__main__ import load_model
+from verifier_service.depth_policies import parse_depth_policy
+from verifier_service.engine import Engine, EngineSettings
+from verifier_service.events import Committed, EndSession, StartTurn, TurnOver
+from verifier_service.host_memory import block_count, free_bytes
+from verifier_service.settings import VerifierSettings
+
+
+def start() -> tuple[RunPrompts, dict[str, Any]]:
+    options = json.loads(sys.argv[1])
+    flags = ("--model", options["model"], "--dtype", options["dtype"], "--threads", str(options["threads"]))
+    settings = load(VerifierSettings, flags, prog="own_engine")
+    model = load_model(settings)
+    engine = Engine(
+        model,
+        EngineSettings(
+            block_count=block_count(model.info, settings.state_memory_mib, free_bytes()),
+            step_token_budget=settings.step_token_budget,
+            leftover_percent=0,
+        ),
+        parse_depth_policy("off"),
+    )
+    run_number = 0
+
+    def run_prompts(
+        prompts: Sequence[Sequence[int]], token_count: int, _mode: dict[str, Any]
+    ) -> list[tuple[list[int], Marks]]:
+        nonlocal run_number
+        run_number += 1
+        return run(engine, prompts, token_count, f"run{run_number}")
+
+    about = {
+        "torch": torch.__version__,
+        "exact": model.info.exact,
+        "read_gb_per_s": round(read_speed() / 1e9, 1) if options["read_speed"] else 0.0,
+        "pid": os.getpid(),
+    }
+    return run_prompts, about
+
+
+def run(
+    engine: Engine, prompts: Sequence[Sequence[int]], token_count: int, run_id: str
+) -> list[tuple[list[int], Marks]]:
+    """All prompts at once, greedy, until every turn is over; marks are taken when a step has returned."""
+    begun = time.perf_counter()
+    names = {f"{run_id}-{number}": number for number in range(len(prompts))}
+    ids_of: list[list[int]] = [[] for _ in prompts]
+    marks_of: list[Marks] = [[] for _ in prompts]
+    open_turns = set(names)
+    commands: list[Any] = [_turn(name, prompts[number], token_count) for name, number in names.items()]
+    while open_turns:
+        events = engine.step(commands, time.monotonic_ns() // 1000).events
+        commands, at = [], time.perf_counter() - begun
+        for event in events:
+            if isinstance(event, Committed):
+                ids = ids_of[names[event.turn_id]]
+                ids += event.token_ids
+                marks_of[names[event.turn_id]].append((at, len(ids)))
+            elif isinstance(event, TurnOver):
+                assert event.finish_reason is FinishReason.LENGTH, event
+                open_turns.remove(event.turn_id)
+    engine.step([EndSession(name) for name in names], time.monotonic_ns() // 1000)
+    return list(zip(ids_of, marks_of, strict=True))
+
+
+def _turn(name: str, prompt: Sequence[int], token_count: int) -> StartTurn:
+    return StartTurn(
+        session_id=name,
+        turn_id=name,
+        keep_len=0,
+        keep_hash=b"",
+        append_ids=tuple(prompt),
+        output_start=len(prompt),
+        sampling=Sampling(),
+        max_tokens=token_count,
+        stop_ids=frozenset(),
+    )
+
+
+if __name__ == "__main__":
+    serve(start)
