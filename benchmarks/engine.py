@@ -13,7 +13,7 @@ process of its own with the same number of threads:
 A figure is tokens a second of all users together from their first token on, so reading the prompts is not in it. Text that
 has turned into a loop is cut (32 tokens that repeat with a period of at most 64); the share cut and the uncut figures stand
 beside it. Ratios are formed within each repeat; medians, least and most of the repeats are printed. The floor is the time to
-read all weights once at the speed at which this machine's threads read memory. Budgets: DESIGN.md 11.
+read all weights once at the speed at which this machine's threads read memory.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that it also 
 
 from benchmarks.figures import Spread, as_json, rounded, spread
 from benchmarks.floor import floor_ms, weight_bytes
-from benchmarks.measuring import Lane, Measured, best_mode, finish, lanes_as_json, measure
+from benchmarks.measuring import Lane, Measured, best_mode, finish, lanes_as_json, measure, show
 from benchmarks.systems import ChildSystem, Gap, Mode, StackSystem, stack_options_of
 from benchmarks.workload import Workload, as_tokens, default_prompts, read_prompts
 from sparkrelay.cli.up import core_count
@@ -91,7 +91,7 @@ def main() -> None:
         measured, lanes, facts = run(options, workload, folder, Path(logs), console)
     floor = Floor(weight_bytes(folder, options.dtype), float(facts["engine"].get("read_gb_per_s", 0.0)))
     result = as_result(measured, lanes, floor, facts, options)
-    Console(highlight=False).print(table(measured, lanes, floor, result))
+    show(table(measured, lanes, floor, result))
     finish(result, json_file)
 
 

@@ -73,6 +73,12 @@ def share_cut(runs: Iterable[Run]) -> float:
     return sum(loop_share(ids) * len(ids) for ids in answers) / token_count if token_count else 0.0
 
 
+def common_start(one: Sequence[int], other: Sequence[int]) -> int:
+    """How many tokens both begin with alike."""
+    pairs = zip(one, other, strict=False)
+    return next((index for index, (a, b) in enumerate(pairs) if a != b), min(len(one), len(other)))
+
+
 def tokens_a_mark(runs: Iterable[Run]) -> float:
     """Mean tokens that came at once, after the first: near the accepted length of a speculative system, 1 of a plain one."""
     steps = [(len(answer.marks) - 1, answer.marks) for run in runs for answer in run.answers if answer.marks]

@@ -16,11 +16,13 @@ from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
 
 from benchmarks.figures import (
     Run,
     Spread,
     as_json,
+    common_start,
     decode_rate,
     ratios,
     rounded,
@@ -37,6 +39,7 @@ from sparkrelay.cli.up import core_count
 SETTLE_S = 0.3  # threads of the system that ran last stop spinning
 WARM_UP_TOKENS = 8
 TRIALS = 3
+TABLE_WIDTH = 130
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,6 +73,19 @@ class Measured:
     def ratio(self, above: str, below: str, user_count: int) -> Spread | None:
         """One lane over another, within each repeat."""
         return ratios(self.rates(above, user_count), self.rates(below, user_count))
+
+    def agreement(self, lane: str, other: str) -> float | None:
+        """How much of the lane's tokens come before the first one that the other lane chose otherwise, 0 to 1: the same model and
+        prompts, if it is near 1; near ties fall either way in another order of sums. None without runs of both.
+        """
+        pairs = [
+            (mine.token_ids, yours.token_ids)
+            for count in self.runs.get(lane, {})
+            for run, reference in zip(self.of(lane, count), self.of(other, count), strict=False)
+            for mine, yours in zip(run.answers, reference.answers, strict=True)
+        ]
+        total = sum(len(mine) for mine, _ in pairs)
+        return round(sum(common_start(mine, yours) for mine, yours in pairs) / total, 3) if total else None
 
 
 def measure(
@@ -172,6 +188,13 @@ def processor_name(cpuinfo: Path = Path("/proc/cpuinfo")) -> str:
         return platform.processor() or platform.machine()
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
     return names[0] if names else platform.machine()
+
+
+def show(table: Table) -> None:
+    """On standard output, never narrower than the figures need: it often goes to a file."""
+    console = Console(highlight=False)
+    console.width = max(console.width, TABLE_WIDTH)
+    console.print(table)
 
 
 def finish(result: Mapping[str, Any], file: str) -> None:

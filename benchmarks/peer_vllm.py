@@ -23,7 +23,7 @@ def start() -> tuple[RunPrompts, dict[str, Any]]:
     options = json.loads(sys.argv[1])
     os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
     os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")  # GiB, plenty for 32 short answers
-    import vllm
+    import vllm  # type: ignore[import-not-found]
 
     llm = vllm.LLM(
         model=options["model"],

@@ -43,7 +43,7 @@ class System(Protocol):
 
 def stack_options_of(model: str, dtype: str, threads: int, drafter: str = "ngram") -> StackOptions:
     """A stack as `sparkrelay up` plans it, with so many threads for the verifier; the drafter's are its plan's."""
-    flags = {"verifier": ("--threads", str(threads))}
+    flags: dict[str, tuple[str, ...]] = {"verifier": ("--threads", str(threads))}
     return StackOptions(model, drafter, dtype=dtype, log_level="warning", drain_ms=500, flags=flags)
 
 
