@@ -16,10 +16,14 @@ Mark = tuple[float, int]
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """What one user got: its ids, and when how many of them were there. Marks ascend in both parts."""
+    """What one user got: its ids, and when how many of them were there. Marks ascend in both parts.
+
+    round_count  forwards of the target after the one that read the prompt; 0 where every mark after the first is one
+    """
 
     token_ids: tuple[int, ...]
     marks: tuple[Mark, ...]
+    round_count: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,11 +83,13 @@ def common_start(one: Sequence[int], other: Sequence[int]) -> int:
     return next((index for index, (a, b) in enumerate(pairs) if a != b), min(len(one), len(other)))
 
 
-def tokens_a_mark(runs: Iterable[Run]) -> float:
-    """Mean tokens that came at once, after the first: near the accepted length of a speculative system, 1 of a plain one."""
-    steps = [(len(answer.marks) - 1, answer.marks) for run in runs for answer in run.answers if answer.marks]
-    count = sum(number for number, _ in steps)
-    return sum(marks[-1][1] - marks[0][1] for _, marks in steps) / count if count else 0.0
+def tokens_a_round(runs: Iterable[Run]) -> float:
+    """The accepted length: mean tokens of a round, the target's own included; 1 of a plain system, 0 without a round."""
+    answers = [answer for run in runs for answer in run.answers if answer.marks]
+    rounds = sum(answer.round_count or len(answer.marks) - 1 for answer in answers)
+    tokens = sum(answer.marks[-1][1] - answer.marks[0][1] for answer in answers if not answer.round_count)
+    tokens += sum(len(answer.token_ids) - 1 for answer in answers if answer.round_count)
+    return tokens / rounds if rounds else 0.0
 
 
 @dataclass(frozen=True, slots=True)

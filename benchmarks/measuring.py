@@ -28,7 +28,7 @@ from benchmarks.figures import (
     rounded,
     share_cut,
     spread,
-    tokens_a_mark,
+    tokens_a_round,
     turns_of,
     wall_rate,
 )
@@ -38,7 +38,7 @@ from sparkrelay.cli.up import core_count
 
 SETTLE_S = 0.3  # threads of the system that ran last stop spinning
 WARM_UP_TOKENS = 8
-TRIALS = 3
+TRIALS = 2
 TABLE_WIDTH = 130
 
 
@@ -168,7 +168,7 @@ def lanes_as_json(measured: Measured, lanes: Sequence[Lane]) -> dict[str, Any]:
         "wall_tokens_per_s": by_lane(
             lambda name, count: rounded(spread([wall_rate(run) for run in measured.of(name, count)]), 1)
         ),
-        "tokens_at_once": by_lane(lambda name, count: round(tokens_a_mark(measured.of(name, count)), 2)),
+        "accepted_length": by_lane(lambda name, count: round(tokens_a_round(measured.of(name, count)), 2)),
         "loop_share": round(share_cut(all_runs), 3),
         "gaps": dict(measured.gaps),
         "machine": machine(),

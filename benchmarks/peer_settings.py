@@ -17,7 +17,7 @@ from benchmarks.workload import Workload
 
 TRIAL_TOKENS = 48
 
-TRIALS = 3
+TRIALS = 2
 
 Start = Callable[[], ChildSystem]
 StartVllm = Callable[[str, VllmSetting], ChildSystem]

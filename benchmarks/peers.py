@@ -238,13 +238,13 @@ def table(measured: Measured, lanes: Sequence[Lane], result: Mapping[str, Any]) 
     drawn.add_column("system")
     for count in counts:
         drawn.add_column(f"{count} user{'s' if count > 1 else ''}", justify="right")
-    drawn.add_column("tokens at once, 1 user", justify="right")
+    drawn.add_column("accepted length, 1 user", justify="right")
     for lane in lanes:
         if lane.name in measured.gaps:
             continue
-        at_once = result["tokens_at_once"][lane.name].get("1", 0.0)
+        accepted = result["accepted_length"][lane.name].get("1", 0.0)
         cells = [_cell(measured, result, lane.name, count) for count in counts]
-        drawn.add_row(lane.name, *cells, f"{at_once:.2f}")
+        drawn.add_row(lane.name, *cells, f"{accepted:.2f}")
     drawn.caption = "\n".join(captions(result))
     return drawn
 

@@ -220,6 +220,7 @@ def as_result(soaked: Soaked, options: Options) -> dict[str, Any]:
         "sessions": tally.sessions,
         "cancelled_turns": tally.cancelled,
         "rewinds": tally.rewinds,
+        "busy_retries": tally.busy,
         "drafted_tokens": tally.drafted,
         "accepted_tokens": tally.accepted,
         "errors": dict(tally.errors),

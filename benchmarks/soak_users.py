@@ -5,13 +5,14 @@ What a user does is drawn from a generator with a seed of its own; when it happe
 
 from __future__ import annotations
 
+import asyncio
 import random
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from sparkrelay.client.aio import AsyncClient, AsyncSession
+from sparkrelay.client.aio import AsyncClient, AsyncGenerationStream, AsyncSession
 from sparkrelay.client.errors import SparkRelayError
 
 CANCEL_SHARE = 0.2
@@ -20,6 +21,8 @@ SAMPLED_SHARE = 0.4
 PLAIN_SHARE = 0.2
 STAY_SHARE = 0.1  # sessions that are not ended when their user goes on to the next one
 TEMPERATURE = 0.8
+BUSY = "SESSION_BUSY"
+BUSY_PAUSES_S = (0.01, 0.05, 0.2, 1.0, 5.0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,13 +43,14 @@ class Habits:
 
 @dataclass(slots=True)
 class Tally:
-    """What all users have done so far. errors by reason."""
+    """What all users have done so far. errors by reason; busy: how often a turn came before the cancelled one had ended."""
 
     turns: int = 0
     tokens: int = 0
     cancelled: int = 0
     rewinds: int = 0
     sessions: int = 0
+    busy: int = 0
     drafted: int = 0
     accepted: int = 0
     errors: Counter[str] = field(default_factory=Counter)
@@ -99,8 +103,7 @@ class User:
         most = draw.randint(*self._habits.answer)
         cancel_after = draw.randint(1, most) if draw.random() < CANCEL_SHARE else None
         ids: list[int] = []
-        stream = session.generate_stream(token_ids=conversation, max_tokens=most, **self._options())
-        async with stream:
+        async with await self._open(session, conversation, most) as stream:
             async for delta in stream:
                 ids += delta.token_ids
                 if cancel_after is not None and len(ids) >= cancel_after:
@@ -114,6 +117,20 @@ class User:
         self._tally.tokens += len(ids)
         self._tally.cancelled += cancel_after is not None
         return conversation + ids
+
+    async def _open(self, session: AsyncSession, conversation: list[int], most: int) -> AsyncGenerationStream:
+        """Begins a turn; asks again for a while when the one that was just cancelled has not ended yet."""
+        options = self._options()
+        for pause_s in (*BUSY_PAUSES_S, None):
+            stream = session.generate_stream(token_ids=conversation, max_tokens=most, **options)
+            try:
+                return await stream.__aenter__()
+            except SparkRelayError as error:
+                if pause_s is None or error.reason != BUSY:
+                    raise
+                self._tally.busy += 1
+                await asyncio.sleep(pause_s)
+        raise AssertionError("the last attempt returns or raises")
 
     def _options(self) -> dict[str, Any]:
         draw = self._random

@@ -99,7 +99,8 @@ async def _ask(
         async for delta in stream:
             ids += delta.token_ids
             marks.append((time.perf_counter() - begun, len(ids)))
-    return Answer(tuple(ids), tuple(marks))
+        rounds = (await stream.result()).totals.rounds  # tokens of several rounds may come in one delta
+    return Answer(tuple(ids), tuple(marks), rounds)
 
 
 class ChildSystem:
