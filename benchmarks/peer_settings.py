@@ -1,4 +1,7 @@
-"""At which of their own settings the peers run: some are tried with one user, the fastest is kept, in a file if one is named."""
+"""At which of their own settings the peers run: some are tried with one user, the fastest is kept, in a file if one is named.
+
+A search that was broken off goes on where it was: a start of vLLM with another setting compiles for a minute.
+"""
 
 from __future__ import annotations
 
@@ -25,7 +28,10 @@ StartVllm = Callable[[str, VllmSetting], ChildSystem]
 
 @dataclass(slots=True)
 class PeerSettings:
-    """Names of the chosen settings, "" for none; what each tried one reached in tokens a second; why lanes are gaps."""
+    """Names of the chosen settings, "" for none; what each tried one reached in tokens a second; why lanes are gaps.
+
+    complete  nothing is left to be tried
+    """
 
     transformers_plain: str = ""
     transformers_lookup: str = ""
@@ -33,6 +39,7 @@ class PeerSettings:
     vllm_ngram: str = ""
     tried: dict[str, dict[str, float]] = field(default_factory=dict)
     gaps: dict[str, str] = field(default_factory=dict)
+    complete: bool = False
 
     def as_dict(self) -> dict[str, Any]:
         names = ("transformers_plain", "transformers_lookup", "vllm_plain", "vllm_ngram")
@@ -40,6 +47,7 @@ class PeerSettings:
             "chosen": {name: getattr(self, name) for name in names},
             "tried": self.tried,
             "gaps": self.gaps,
+            "complete": self.complete,
         }
 
 
@@ -69,15 +77,19 @@ def lookup_modes(plain: Mode) -> dict[str, Mode]:
     }
 
 
-def load_or_find(file: str, find: Callable[[], PeerSettings]) -> PeerSettings:
-    """What `file` holds, if it exists; else what `find` finds, which is then written there if a file is named."""
-    if file and Path(file).is_file():
-        content = json.loads(Path(file).read_text(encoding="utf-8"))
-        return PeerSettings(**content["chosen"], tried=content["tried"], gaps=content["gaps"])
-    found = find()
+def read_settings(file: str) -> PeerSettings:
+    """What `file` holds; nothing known yet if there is none, or no name."""
+    if not file or not Path(file).is_file():
+        return PeerSettings()
+    content = json.loads(Path(file).read_text(encoding="utf-8"))
+    known = {name: content[name] for name in ("tried", "gaps", "complete")}
+    return PeerSettings(**content["chosen"], **known)
+
+
+def write_settings(file: str, settings: PeerSettings) -> None:
+    """Nothing without a name."""
     if file:
-        Path(file).write_text(json.dumps(found.as_dict(), indent=1) + "\n", encoding="utf-8")
-    return found
+        Path(file).write_text(json.dumps(settings.as_dict(), indent=1) + "\n", encoding="utf-8")
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,16 +97,20 @@ class Search:
     """Looks for the best settings with one user at a time.
 
     first_only  take the first of each list and try nothing
+    file        where each finding is noted at once; "" for nowhere
     """
 
     workload: Workload
     console: Console
     first_only: bool = False
+    file: str = ""
     trials: int = TRIALS
 
     def of_transformers(self, start: Start, dtype: str, found: PeerSettings) -> None:
         """Fills in the two names of transformers, or its gap."""
         plain = plain_modes(dtype)
+        if found.transformers_lookup or "transformers" in found.gaps:
+            return
         if self.first_only:
             found.transformers_plain, found.transformers_lookup = (
                 next(iter(plain)),
@@ -109,6 +125,7 @@ class Search:
                 found.transformers_lookup = self._keep("transformers lookup", child, lookup, found)
         except Gap as gap:
             found.gaps["transformers"] = str(gap)
+        write_settings(self.file, found)
 
     def of_vllm(self, start: StartVllm, plain: Mapping[str, VllmSetting], found: PeerSettings) -> None:
         """Fills in the two names of vLLM, or its gaps. Each setting is a start of its own."""
@@ -122,9 +139,11 @@ class Search:
     ) -> str:
         if self.first_only:
             return next(iter(settings))
-        reached: dict[str, float] = {}
+        reached = found.tried.setdefault(name, {})
         failures = []
         for label, setting in settings.items():
+            if label in reached:
+                continue
             self.console.print(f"{name}: trying {label} ...")
             try:
                 with start(name, setting) as child:
@@ -133,7 +152,7 @@ class Search:
                     )[1]
             except Gap as gap:
                 failures.append(f"{label}: {gap}")
-        found.tried[name] = reached
+            write_settings(self.file, found)
         if not reached:
             found.gaps[name] = "; ".join(failures)
             return ""

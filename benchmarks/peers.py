@@ -12,7 +12,8 @@ started and warm before anything is measured and that wait without computing whi
     vllm plain, ngram                vLLM's engine called directly, in one process: no server stands in its way
 
 Peers run at the best of their own settings: some are tried first with one user (attention, cache, draft length, threads,
-runtime, compiler). --settings FILE keeps what was found: it is read if it exists, else written. --only-try ends there.
+runtime, compiler). --settings FILE keeps what was found, for the next time; a search that was broken
+off goes on where it was. --only-try ends there.
 
 A figure is tokens a second of all users together from their first token on. Text that has turned into a loop is cut (32 tokens
 that repeat with a period of at most 64); the share cut and the uncut figures are printed too. Ratios are formed within each
@@ -37,7 +38,14 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that it also 
 
 from benchmarks.figures import as_json, rounded
 from benchmarks.measuring import Lane, Measured, finish, lanes_as_json, measure, show
-from benchmarks.peer_settings import PeerSettings, Search, load_or_find, lookup_modes, plain_modes
+from benchmarks.peer_settings import (
+    PeerSettings,
+    Search,
+    lookup_modes,
+    plain_modes,
+    read_settings,
+    write_settings,
+)
 from benchmarks.systems import ChildSystem, Gap, StackSystem, stack_options_of
 from benchmarks.vllm_environment import VllmSetting, install, ngram_settings, plain_settings
 from benchmarks.workload import Workload, as_tokens, default_prompts, read_prompts
@@ -76,8 +84,11 @@ def main() -> None:
     texts = read_prompts(map(Path, given.prompts)) if given.prompts else default_prompts()
     workload = as_tokens(texts, folder)
     with tempfile.TemporaryDirectory(prefix="sparkrelay-bench-") as logs:
-        search = Search(workload, console, first_only=given.quick)
-        settings = load_or_find(given.settings, lambda: find_settings(search, options, folder, Path(logs)))
+        settings = read_settings(given.settings)
+        if not settings.complete:
+            search = Search(workload, console, first_only=given.quick, file=given.settings)
+            find_settings(settings, search, options, folder, Path(logs))
+            write_settings(given.settings, settings)
         if given.only_try:
             finish(settings.as_dict(), given.json)
             return
@@ -112,19 +123,18 @@ def run(
     return measured, lanes, facts
 
 
-def find_settings(search: Search, options: Options, folder: Path, logs: Path) -> PeerSettings:
-    """At which of their settings the peers of these options run best."""
-    found = PeerSettings()
+def find_settings(found: PeerSettings, search: Search, options: Options, folder: Path, logs: Path) -> None:
+    """Fills in at which of their settings the peers of these options run best, as far as it is not known yet."""
     search.of_transformers(lambda: transformers_child(options, folder, logs), options.dtype, found)
-    if not options.vllm_python:
+    if options.vllm_python:
+        search.of_vllm(
+            lambda name, setting: vllm_child(name, setting, options, folder, logs),
+            plain_settings(options.threads, Path(options.vllm_python)),
+            found,
+        )
+    else:
         found.gaps |= dict.fromkeys((VLLM_PLAIN, VLLM_NGRAM), options.vllm_gap)
-        return found
-    search.of_vllm(
-        lambda name, setting: vllm_child(name, setting, options, folder, logs),
-        plain_settings(options.threads, Path(options.vllm_python)),
-        found,
-    )
-    return found
+    found.complete = True
 
 
 def our_lanes(options: Options, logs: Path, running: ExitStack) -> list[Lane]:
@@ -320,7 +330,7 @@ def _arguments() -> argparse.Namespace:
         "--settings",
         metavar="FILE",
         default="",
-        help="the peers' best settings: read if it exists, else written",
+        help="the peers' best settings, written as they are found and read the next time",
     )
     add("--only-try", action="store_true", help="find the peers' best settings and end")
     add("--model", default="smollm2-135m", help="catalogue name, folder or hub id")

@@ -11,7 +11,9 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks import engine, peers, soak
-from benchmarks.peer_settings import PeerSettings, Search, load_or_find
+from benchmarks.peer_settings import PeerSettings, Search, read_settings, write_settings
+from benchmarks.systems import ChildSystem, Gap
+from benchmarks.vllm_environment import VllmSetting
 from benchmarks.workload import Workload
 
 QUIET = Console(quiet=True)
@@ -48,7 +50,8 @@ def test_peers_that_are_not_here_are_named_gaps_beside_our_figures(tmp_path: Pat
         "toy", user_counts=(1, 2), token_count=24, repeats=2, threads=1, vllm_python="/nonexistent/python"
     )
     search = Search(PROMPTS, QUIET, first_only=True)
-    settings = peers.find_settings(search, options, tmp_path, tmp_path)
+    settings = PeerSettings()
+    peers.find_settings(settings, search, options, tmp_path, tmp_path)
     assert settings.transformers_plain and settings.vllm_ngram
     measured, lanes, facts = peers.run(options, settings, PROMPTS, tmp_path, tmp_path, QUIET)
     result = json.loads(json.dumps(peers.as_result(measured, lanes, facts, options)))
@@ -65,24 +68,32 @@ def test_peers_that_are_not_here_are_named_gaps_beside_our_figures(tmp_path: Pat
 
 
 def test_without_vllm_the_gap_says_how_to_get_it(tmp_path: Path) -> None:
-    settings = peers.find_settings(
-        Search(PROMPTS, QUIET, first_only=True), peers.Options(), tmp_path, tmp_path
-    )
+    settings = PeerSettings()
+    search = Search(PROMPTS, QUIET, first_only=True)
+    peers.find_settings(settings, search, peers.Options(), tmp_path, tmp_path)
     assert settings.gaps == dict.fromkeys(("vllm plain", "vllm ngram"), peers.NO_VLLM)
-    assert "--install-vllm" in peers.NO_VLLM
+    assert "--install-vllm" in peers.NO_VLLM and settings.complete
 
 
-def test_settings_that_were_found_once_are_not_looked_for_again(tmp_path: Path) -> None:
+def test_a_search_that_was_broken_off_goes_on_where_it_was(tmp_path: Path) -> None:
     file = str(tmp_path / "settings.json")
-    found = PeerSettings(
-        "sdpa", "3 tokens", tried={"transformers plain": {"sdpa": 40.0}}, gaps={"vllm plain": "no"}
-    )
-    assert load_or_find(file, lambda: found) == found
+    assert read_settings(file) == PeerSettings() == read_settings("")
+    tried = {"vllm plain": {"all cores": 40.0, "as it comes": 50.0}}
+    write_settings(file, PeerSettings("sdpa, dynamic cache", "3 tokens, up to 2-grams", tried=tried))
+    found = read_settings(file)
+    started: list[str] = []
 
-    def look_again() -> PeerSettings:
-        raise AssertionError("the file was not read")
+    def start(name: str, setting: VllmSetting) -> ChildSystem:
+        started.append(name)
+        raise Gap("not here")
 
-    assert load_or_find(file, look_again) == found
+    settings = {"all cores": VllmSetting(), "as it comes": VllmSetting(), "eager": VllmSetting()}
+    Search(PROMPTS, QUIET, file=file).of_vllm(start, settings, found)
+    assert started.count("vllm plain") == 1, "two of the three were tried before"
+    assert found.vllm_plain == "as it comes", "the fastest one"
+    assert started.count("vllm ngram") == 3 and found.vllm_ngram == ""
+    assert "3 tokens, up to 4-grams: not here" in found.gaps["vllm ngram"]
+    assert read_settings(file).tried["vllm plain"] == tried["vllm plain"]
 
 
 def test_a_soaked_stack_holds_nothing_when_its_users_have_gone(tmp_path: Path) -> None:
