@@ -17,30 +17,26 @@ import torch
 
 from benchmarks.child import Marks, RunPrompts, serve
 from benchmarks.floor import read_speed
+from sparkrelay.device.flat_model import DtypeName
 from sparkrelay.outcomes import FinishReason
 from sparkrelay.sampling import Sampling
-from sparkrelay.settings import load
-from verifier_service.__main__ import load_model
+from sparkrelay.store import resolve
 from verifier_service.depth_policies import parse_depth_policy
 from verifier_service.engine import Engine, EngineSettings
 from verifier_service.events import Committed, EndSession, StartTurn, TurnOver
-from verifier_service.host_memory import block_count, free_bytes
-from verifier_service.settings import VerifierSettings
+from verifier_service.models import TargetModel
+from verifier_service.models.huggingface import HuggingFaceModel
+from verifier_service.models.toy import toy_model
+
+BLOCK_COUNT = 4096  # room for every user of a benchmark; it is taken only as it is used
 
 
 def start() -> tuple[RunPrompts, dict[str, Any]]:
     options = json.loads(sys.argv[1])
-    flags = ("--model", options["model"], "--dtype", options["dtype"], "--threads", str(options["threads"]))
-    settings = load(VerifierSettings, flags, prog="own_engine")
-    model = load_model(settings)
+    torch.set_num_threads(options["threads"])
+    model = load(options["model"], options["dtype"])
     engine = Engine(
-        model,
-        EngineSettings(
-            block_count=block_count(model.info, settings.state_memory_mib, free_bytes()),
-            step_token_budget=settings.step_token_budget,
-            leftover_percent=0,
-        ),
-        parse_depth_policy("off"),
+        model, EngineSettings(block_count=BLOCK_COUNT, leftover_percent=0), parse_depth_policy("off")
     )
     run_number = 0
 
@@ -58,6 +54,13 @@ def start() -> tuple[RunPrompts, dict[str, Any]]:
         "pid": os.getpid(),
     }
     return run_prompts, about
+
+
+def load(model: str, dtype: DtypeName) -> TargetModel:
+    """The target as the verifier loads it."""
+    if model.partition(":")[0] == "toy":
+        return toy_model(model)
+    return HuggingFaceModel.load(resolve(model).path, model_id=model, dtype=dtype)
 
 
 def run(
