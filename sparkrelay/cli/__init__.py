@@ -1,7 +1,7 @@
 """The command `sparkrelay`: the composition root, the one place that may bring services together.
 
-Every file in this folder that has a function `register(app)` is a command (or a group of commands). Heavy imports stand inside
-the command's own function, so `--help` needs nothing but the base install and a missing extra is one sentence, not a traceback.
+Every file in this folder that has a function `register(app)` is a command (or a group of commands) and stands in COMMANDS. Heavy
+imports stand inside the command's own function, so `--help` needs no grpc and a missing extra is one sentence, not a traceback.
 
 Exit codes: 0 done, 1 could not be done (the last lines on stderr say why and what to do), 2 wrong usage, 130 interrupted.
 """
@@ -9,24 +9,30 @@ Exit codes: 0 done, 1 could not be done (the last lines on stderr say why and wh
 from __future__ import annotations
 
 import importlib
-import pkgutil
 import sys
 from importlib import metadata
 
 import typer
 
+from sparkrelay.cli.options import examples, paragraphs
 from sparkrelay.store import StoreError
 
 HELP = """Lossless speculative decoding: a small model drafts, the big one checks and has the last word.
 
-Start with these three:
+Exit codes: 0 done, 1 refused or failed (stderr says why and what to do), 2 wrong usage, 130 interrupted.
 
-    sparkrelay models pull smollm2-135m     fetch a small chat model
-
-    sparkrelay up                           start the three services here
-
-    sparkrelay generate --prompt "Hello"    ask it something
+Completion of commands and options in your shell: sparkrelay --install-completion
 """
+EXAMPLES = examples(
+    "sparkrelay models pull smollm2-135m     fetch a small chat model",
+    "sparkrelay up                           start the three services here",
+    "sparkrelay chat                         talk, in another terminal",
+    'sparkrelay generate --prompt "Hello"    one answer',
+    "sparkrelay doctor                       what is wrong, what to do",
+)
+
+# Files of this folder with a function `register(app)`, in the order of `--help`.
+COMMANDS = ("up", "demo", "doctor", "chat", "generate", "models", "sessions", "turns", "workers")
 
 # Which extra brings the package that an import did not find.
 EXTRA_OF_PACKAGE = {
@@ -62,16 +68,15 @@ def build_app() -> typer.Typer:
     """The whole command line: the root options and every command in this folder."""
     app = typer.Typer(
         name="sparkrelay",
-        help=HELP,
+        help=paragraphs(HELP),
+        epilog=EXAMPLES,
         no_args_is_help=True,
         pretty_exceptions_enable=False,
-        rich_markup_mode=None,
+        rich_markup_mode="rich",
     )
     app.callback()(_root)
-    for command in pkgutil.iter_modules(__path__):
-        register = getattr(importlib.import_module(f"{__name__}.{command.name}"), "register", None)
-        if register is not None:
-            register(app)
+    for command in COMMANDS:
+        importlib.import_module(f"{__name__}.{command}").register(app)
     return app
 
 

@@ -16,6 +16,7 @@ import typer
 
 from sparkrelay.cli.generate import tokens_per_s
 from sparkrelay.cli.loops import loop_share
+from sparkrelay.cli.options import paragraphs
 from sparkrelay.cli.up import core_count, say
 
 if TYPE_CHECKING:
@@ -65,7 +66,7 @@ class Comparison:
 
 
 def register(app: typer.Typer) -> None:
-    app.command("demo", help=HELP)(demo)
+    app.command("demo", help=paragraphs(HELP), rich_help_panel="Run")(demo)
 
 
 def demo(

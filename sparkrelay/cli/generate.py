@@ -2,34 +2,45 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from sparkrelay.cli.options import AsJson, Gateway, examples, paragraphs
+from sparkrelay.cli.output import count, for_terminal, print_json, reported, tell, utf8
+
 if TYPE_CHECKING:
     from sparkrelay.client.blocking import Client, Session
-    from sparkrelay.client.errors import SparkRelayError
     from sparkrelay.client.results import Generation
 
 HELP = """Generate text with a running stack (`sparkrelay up`).
 
-The answer goes to stdout as it is made, a summary to stderr. With --json, stdout is one object: turn_id, text, token_ids,
-finish_reason, usage, seed, timing, rounds (each with drafted, depth, accepted).
+The answer goes to stdout as it is made, a summary to stderr. Without a prompt it is read from stdin.
+
+With --json, stdout is one object: turn_id, text, token_ids, finish_reason, usage, seed, timing, rounds (each with drafted,
+depth, accepted).
 """
+EXAMPLES = examples(
+    'sparkrelay generate "Why is the sky blue?"',
+    'sparkrelay generate "Once upon a time" --raw --temperature 0.7',
+    "sparkrelay generate --system 'Be brief.' < question.txt",
+    'sparkrelay generate "Hello" --json | jq .usage',
+)
 NEW_SESSION = "new"
+STDIN = "-"
 
 
 def register(app: typer.Typer) -> None:
-    app.command("generate", help=HELP)(generate)
+    app.command("generate", help=paragraphs(HELP), epilog=EXAMPLES, rich_help_panel="Ask")(generate)
 
 
 def generate(
-    prompt: Annotated[
-        str, typer.Option("--prompt", "-p", help="The text to answer; - reads it from stdin.")
+    text: Annotated[
+        str, typer.Argument(metavar="[PROMPT]", help="The text to answer; - reads it from stdin.")
     ] = "",
+    prompt: Annotated[str, typer.Option("--prompt", "-p", help="The same as an option.")] = "",
     token_ids: Annotated[str, typer.Option(help="Token ids instead of text, separated by commas.")] = "",
     system: Annotated[str, typer.Option(help="A system message before the prompt.")] = "",
     chat: Annotated[
@@ -67,21 +78,16 @@ def generate(
         ),
     ] = "",
     stream: Annotated[bool, typer.Option(help="Print text as it comes, or all at the end.")] = True,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text.")] = False,
-    gateway: Annotated[
-        str,
-        typer.Option(
-            help="Address of the gateway; else SPARKRELAY_GATEWAY, else what `sparkrelay up` started."
-        ),
-    ] = "",
+    as_json: AsJson = False,
+    gateway: Gateway = "",
     timeout: Annotated[
         float, typer.Option(min=0.001, help="Seconds until the answer must be complete.")
     ] = 600.0,
 ) -> None:
     # Imported here: grpc takes a while, and `--help` should not.
     from sparkrelay.client.blocking import connect
-    from sparkrelay.client.errors import SparkRelayError
 
+    prompt = the_prompt(text, prompt, token_ids)
     options: dict[str, Any] = {
         "model": model,
         "max_tokens": max_tokens,
@@ -95,15 +101,29 @@ def generate(
         "response_format": asked_format(json_schema, regex),
         "include_rounds": True,
     }
-    try:
-        with connect(gateway or None, timeout=timeout) as client:
-            options |= turn_input(client, prompt, token_ids, system, chat, model)
-            answer(client, options, session, show_text=not as_json, stream=stream)
-    except SparkRelayError as error:
-        print(explain(error), file=sys.stderr)
-        raise typer.Exit(1) from None
-    except KeyboardInterrupt:
-        raise typer.Exit(130) from None
+    with reported(), connect(gateway or None, timeout=timeout) as client:
+        options |= turn_input(client, prompt, token_ids, system, chat, model)
+        answer(client, options, session, show_text=not as_json, stream=stream)
+
+
+def the_prompt(argument: str, option: str, token_ids: str) -> str:
+    """The text to answer, read from stdin (less a last newline) if it is - or if nothing is given and stdin is no terminal.
+
+    Raises typer.BadParameter unless there is exactly one of a text and token ids.
+    """
+    given = [each for each in (argument, option, token_ids) if each]
+    if len(given) > 1:
+        raise typer.BadParameter("give one of PROMPT, --prompt and --token-ids")
+    if token_ids:
+        return ""
+    text = argument or option
+    if text == STDIN or (not text and not sys.stdin.isatty()):
+        text = utf8(sys.stdin.buffer.read()).removesuffix("\n")
+        if not text:
+            raise typer.BadParameter("stdin is empty; write a prompt to it, or give PROMPT")
+    if not text:
+        raise typer.BadParameter('give a prompt: sparkrelay generate "Why is the sky blue?"')
+    return text
 
 
 def asked_format(json_schema: str, regex: str) -> dict[str, Any] | None:
@@ -124,8 +144,6 @@ def turn_input(
     client: Client, prompt: str, token_ids: str, system: str, chat: bool | None, model: str
 ) -> dict[str, Any]:
     """The one input field of the request: messages, prompt or token_ids."""
-    if bool(prompt) == bool(token_ids):
-        raise typer.BadParameter("give exactly one of --prompt and --token-ids")
     if token_ids:
         try:
             return {"token_ids": [int(part) for part in token_ids.split(",")]}
@@ -133,16 +151,15 @@ def turn_input(
             raise typer.BadParameter(
                 f"--token-ids: {token_ids!r} is no list of numbers; write 1,2,3"
             ) from None
-    text = sys.stdin.read() if prompt == "-" else prompt
     if system and chat is False:
         raise typer.BadParameter("--system needs the chat template; leave out --raw")
     if chat is None:
         models = client.list_models()
         chat = bool(system) or any(each.has_chat_template for each in models if model in ("", each.name))
     if not chat:
-        return {"prompt": text}
+        return {"prompt": prompt}
     messages = [{"role": "system", "content": system}] if system else []
-    return {"messages": [*messages, {"role": "user", "content": text}]}
+    return {"messages": [*messages, {"role": "user", "content": prompt}]}
 
 
 def answer(client: Client, options: dict[str, Any], session: str, *, show_text: bool, stream: bool) -> None:
@@ -150,14 +167,15 @@ def answer(client: Client, options: dict[str, Any], session: str, *, show_text: 
     opener = open_session(client, session, options["model"]) if session else client
     with opener.generate_stream(**options) as turn:
         if show_text and stream:
+            shown = for_terminal if sys.stdout.isatty() else str
             for delta in turn:
-                print(delta.text, end="", flush=True)
+                print(shown(delta.text), end="", flush=True)
         generation = turn.result
     if not show_text:
-        print(json.dumps(generation.to_dict()))
+        print_json(generation.to_dict())
         return
     print("" if stream else generation.text)
-    print(summary(generation), file=sys.stderr)
+    tell(summary(generation))
 
 
 def open_session(client: Client, session: str, model: str) -> Session:
@@ -167,7 +185,7 @@ def open_session(client: Client, session: str, model: str) -> Session:
     if session != NEW_SESSION:
         return Session(client, client.get_session(session))
     opened = client.create_session(model=model)
-    print(f"session {opened.session_id}", file=sys.stderr)
+    tell(f"session {opened.session_id}")
     return opened
 
 
@@ -179,23 +197,18 @@ def tokens_per_s(generation: Generation) -> float:
 
 
 def summary(generation: Generation) -> str:
-    """One line about a turn, for people."""
+    """One line about a turn, for people who may want to find it again."""
+    return f"[{how_it_went(generation)}; turn {generation.turn_id}, seed {generation.seed}]"
+
+
+def how_it_went(generation: Generation) -> str:
+    """How much, how fast, how well drafted; and if nothing was, why."""
     usage, totals = generation.usage, generation.totals
-    parts = [f"{usage.output} tokens", generation.finish_reason, f"{tokens_per_s(generation):.1f} tokens/s"]
+    speed = f"{tokens_per_s(generation):.1f} tokens/s"
+    parts = [count(usage.output, "token"), generation.finish_reason, speed]
     if totals.drafted:
         parts.append(f"{generation.accepted_length:.2f} tokens a round")
         parts.append(f"{totals.accepted} of {totals.drafted} drafted accepted")
     elif generation.no_drafter_reason:
         parts.append(f"no drafter: {generation.no_drafter_reason}")
-    return f"[{', '.join(parts)}; turn {generation.turn_id}, seed {generation.seed}]"
-
-
-def explain(error: SparkRelayError) -> str:
-    """What happened, the fields at fault, and how to find it again in logs and traces."""
-    lines = [f"error: {error.message}"]
-    lines += [f"  {violation.field}: {violation.message}" for violation in error.violations]
-    where = [("reason", error.reason), ("turn", error.turn_id), ("trace", error.trace_id)]
-    known = [f"{name} {value}" for name, value in where if value and value != "UNSPECIFIED"]
-    if known:
-        lines.append(f"  ({', '.join(known)})")
-    return "\n".join(lines)
+    return ", ".join(parts)

@@ -13,6 +13,7 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TaskID, TextColum
 from rich.table import Table
 
 from sparkrelay import store
+from sparkrelay.cli.options import paragraphs
 from sparkrelay.store import CatalogueEntry, StorePaths
 
 HELP = """Fetch, list and remove models that need no hub.
@@ -30,13 +31,13 @@ STEP_TEXT = {
     "finish": "writing to disk",
 }
 
-app = typer.Typer(name="models", help=HELP, no_args_is_help=True, rich_markup_mode=None)
+app = typer.Typer(name="models", help=paragraphs(HELP), no_args_is_help=True)
 
 ModelName = Annotated[str, typer.Argument(help="Name of the model; `sparkrelay models list` shows them.")]
 
 
 def register(root: typer.Typer) -> None:
-    root.add_typer(app)
+    root.add_typer(app, rich_help_panel="Run")
 
 
 @app.command()

@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from sparkrelay.cli.options import paragraphs
+
 if TYPE_CHECKING:
     from sparkrelay.cli.stack import Died, Restarted, Stack
     from sparkrelay.cli.stack_plan import StackPlan
@@ -28,7 +30,7 @@ WATCH_INTERVAL_S = 0.2
 
 
 def register(app: typer.Typer) -> None:
-    app.command("up", help=HELP)(up)
+    app.command("up", help=paragraphs(HELP), rich_help_panel="Run")(up)
 
 
 def up(

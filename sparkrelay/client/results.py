@@ -215,7 +215,11 @@ class Drafter:
 
 @dataclass(frozen=True, slots=True)
 class Worker:
-    """A verifier as the gateway sees it; state is connecting, ready, draining or lost, `message` says what went wrong last."""
+    """A verifier as the gateway sees it; state is connecting, ready, draining or lost, `message` says what went wrong last.
+
+    exact_reason    why it is not exact, empty if it is
+    tokenizer_hash  sha256 of its tokenizer.json, hex; empty for a model without text
+    """
 
     address: str
     state: str
@@ -231,6 +235,8 @@ class Worker:
     queued_turn_count: int = 0
     step_us: int = 0
     drafters: tuple[Drafter, ...] = ()
+    exact_reason: str = ""
+    tokenizer_hash: str = ""
 
 
 @dataclass(frozen=True, slots=True)

@@ -172,6 +172,8 @@ def worker(message: admin_pb.Worker) -> results.Worker:
         queued_turn_count=message.load.queued_turn_count,
         step_us=message.load.step_us,
         drafters=tuple(drafter(each) for each in message.load.drafters),
+        exact_reason=message.description.exact_reason,
+        tokenizer_hash=message.description.tokenizer_hash,
     )
 
 
