@@ -16,7 +16,7 @@ import typer
 
 from sparkrelay.cli.generate import tokens_per_s
 from sparkrelay.cli.loops import loop_share
-from sparkrelay.cli.options import paragraphs
+from sparkrelay.cli.options import examples, paragraphs
 from sparkrelay.cli.up import core_count, say
 
 if TYPE_CHECKING:
@@ -30,6 +30,7 @@ HELP = """Show the whole path: start the three services, stream an answer, compa
 Fetches the model first if it is not here (88 MB). Ends with exit code 1 if the two answers differ in one token.
 """
 
+EXAMPLES = examples("sparkrelay demo", "sparkrelay demo --temperature 0.7 --max-tokens 80")
 MODEL = "smollm2-135m"
 DRAFTER = "ngram"
 TEXT = """\
@@ -66,7 +67,7 @@ class Comparison:
 
 
 def register(app: typer.Typer) -> None:
-    app.command("demo", help=paragraphs(HELP), rich_help_panel="Run")(demo)
+    app.command("demo", help=paragraphs(HELP), epilog=EXAMPLES, rich_help_panel="Run")(demo)
 
 
 def demo(

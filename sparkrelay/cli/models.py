@@ -13,7 +13,7 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TaskID, TextColum
 from rich.table import Table
 
 from sparkrelay import store
-from sparkrelay.cli.options import paragraphs
+from sparkrelay.cli.options import examples, paragraphs
 from sparkrelay.store import CatalogueEntry, StorePaths
 
 HELP = """Fetch, list and remove models that need no hub.
@@ -40,7 +40,7 @@ def register(root: typer.Typer) -> None:
     root.add_typer(app, rich_help_panel="Run")
 
 
-@app.command()
+@app.command(epilog=examples("sparkrelay models pull smollm2-135m"))
 def pull(
     name: ModelName,
     force: Annotated[bool, typer.Option("--force", help="Fetch it again even if it is here.")] = False,
@@ -59,7 +59,7 @@ def pull(
     print(f"{name} is ready: {folder}")
 
 
-@app.command("list")
+@app.command("list", epilog=examples("sparkrelay models list", "sparkrelay models list --json"))
 def list_models(
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
@@ -78,7 +78,7 @@ def list_models(
     print(f"\nFetch one: sparkrelay models pull NAME. Models are kept in {paths.models}")
 
 
-@app.command("rm")
+@app.command("rm", epilog=examples("sparkrelay models rm smollm2-135m"))
 def remove(name: ModelName) -> None:
     """Delete a model from this machine."""
     entry, paths = store.find(name), store.default_paths()
@@ -88,7 +88,7 @@ def remove(name: ModelName) -> None:
         print(f"{name} was not here; nothing to remove.")
 
 
-@app.command()
+@app.command(epilog=examples("sparkrelay models verify smollm2-135m"))
 def verify(name: ModelName) -> None:
     """Check that the files of a model are as they were pulled."""
     manifest = store.verify(store.resolve(name).path)

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from sparkrelay.cli.options import paragraphs
+from sparkrelay.cli.options import examples, paragraphs
 
 if TYPE_CHECKING:
     from sparkrelay.cli.stack import Died, Restarted, Stack
@@ -25,12 +25,17 @@ HELP = """Start the three services on this machine and watch them until Ctrl-C.
 They listen on 127.0.0.1 only: gateway 7070, verifier 7071, drafters from 7072, or free ports where these are busy. Every
 other command finds them by the runtime file that this one writes.
 """
+EXAMPLES = examples(
+    "sparkrelay up",
+    "sparkrelay up --model ./my-model --drafter none",
+    "sparkrelay up --drafters 2 --depth-policy fixed:4",
+)
 TOY = "toy"
 WATCH_INTERVAL_S = 0.2
 
 
 def register(app: typer.Typer) -> None:
-    app.command("up", help=paragraphs(HELP), rich_help_panel="Run")(up)
+    app.command("up", help=paragraphs(HELP), epilog=EXAMPLES, rich_help_panel="Run")(up)
 
 
 def up(
