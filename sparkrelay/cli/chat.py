@@ -37,26 +37,33 @@ def register(app: typer.Typer) -> None:
 
 
 def chat(
-    system: Annotated[str, typer.Option(help="Instructions that come before the conversation.")] = "",
-    model: Annotated[str, typer.Option(help="The model, if more than one is served.")] = "",
+    system: Annotated[
+        str, typer.Option(metavar="TEXT", help="Instructions that come before the conversation.")
+    ] = "",
+    model: Annotated[str, typer.Option(metavar="NAME", help="The model, if more than one is served.")] = "",
     temperature: Annotated[
-        float, typer.Option(min=0, max=100, help="0 is greedy; higher is more varied.")
+        float, typer.Option(metavar="X", min=0, max=100, help="0 is greedy; higher is more varied.")
     ] = 0.0,
     top_p: Annotated[
-        float, typer.Option(help="Keep the likeliest tokens up to this probability; 1 keeps all.")
+        float,
+        typer.Option(metavar="X", help="Keep the likeliest tokens up to this probability; 1 keeps all."),
     ] = 1.0,
     seed: Annotated[
         int | None,
-        typer.Option(min=0, help="The same seed gives the same answers; left out: a new one each."),
+        typer.Option(
+            metavar="N", min=0, help="The same seed gives the same answers; left out: a new one each."
+        ),
     ] = None,
     max_tokens: Annotated[
-        int, typer.Option(min=0, help="The most tokens of an answer; 0: the gateway's default.")
+        int, typer.Option(metavar="N", min=0, help="The most tokens of an answer; 0: the gateway's default.")
     ] = 0,
-    speculation: Annotated[str, typer.Option(help="off, fixed:K with K from 0 to 15, or auto.")] = "auto",
+    speculation: Annotated[
+        str, typer.Option(metavar="MODE", help="off, fixed:K with K from 0 to 15, or auto.")
+    ] = "auto",
     gateway: Gateway = "",
     as_json: AsJson = False,
     timeout: Annotated[
-        float, typer.Option(min=0.001, help="Seconds until an answer must be complete.")
+        float, typer.Option(metavar="S", min=0.001, help="Seconds until an answer must be complete.")
     ] = 600.0,
 ) -> None:
     from sparkrelay.client.blocking import connect

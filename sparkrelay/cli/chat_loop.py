@@ -65,9 +65,9 @@ class Chat:
                 interrupted_before = True
                 self._view.say("\nCtrl-C again, Ctrl-D or /quit ends the chat.")
                 continue
-            interrupted_before = False
             if line is None:
                 return 0
+            interrupted_before = interrupted_before and not line.strip()
             code = self._take(line)
             if code is not None:
                 return code

@@ -58,21 +58,23 @@ def examine(model: str, gateway: str) -> list[Finding]:
     """All findings, in the order of what depends on what."""
     from sparkrelay.cli import doctor_checks as checks
     from sparkrelay.cli import doctor_probes as probes
-    from sparkrelay.cli.stack_plan import drafter_threads
-    from sparkrelay.cli.up import core_count
+    from sparkrelay.host.cores import explain, plan_threads, read_cores
+    from sparkrelay.host.memory import free_memory
     from sparkrelay.runtime import FILE_NAME, default_folder
 
     runtime, content = probes.runtime_file(default_folder() / FILE_NAME)
     files = probes.model_on_disk(model or runtime.model or DEFAULT_MODEL)
     served = probes.served(gateway)
-    cores = core_count()
-    plan = f"{count(cores, 'thread')} for the verifier, {drafter_threads(cores)} for a drafter"
+    cores = read_cores()
+    threads = explain(cores, plan_threads(cores.compute_count))
     return [
         checks.check_python(probes.python_version(), probes.platform_name()),
         *checks.check_packages(probes.packages()),
         checks.check_clock(probes.clock()),
-        checks.check_cores(cores, plan),
-        checks.check_memory(probes.free_bytes(), files, PROCESS_BYTES, is_served=runtime.state == "running"),
+        checks.check_cores(cores.compute_count, threads),
+        checks.check_memory(
+            free_memory().byte_count, files, PROCESS_BYTES, is_served=runtime.state == "running"
+        ),
         *checks.check_model(files, wanted=bool(model or runtime.model)),
         *checks.check_tokenizers_agree(files, served.workers),
         checks.check_ports(probes.ports(content)),

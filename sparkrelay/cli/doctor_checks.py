@@ -271,12 +271,11 @@ def check_clock(clock: Clock) -> Finding:
     return Finding("ok", "clock", f"set; monotonic ticks of {clock.resolution_s * 1e9:.0f} ns")
 
 
-def check_cores(cores: int, plan: str) -> Finding:
-    """plan: what the services would do with them, in words."""
-    level: Level = "ok" if cores >= 2 else "warn"
+def check_cores(cores: int, threads: str) -> Finding:
+    """cores: to compute with; threads: how the services would share them, in words."""
+    if cores >= 2:
+        return Finding("ok", "cores", f"threads: {threads}")
     step = (
-        ""
-        if cores >= 2
-        else "Verifier and drafter share one core: plain decoding (--drafter none) may be faster."
+        "Verifier and drafter share one core: plain decoding (`sparkrelay up --drafter none`) may be faster."
     )
-    return Finding(level, "cores", f"{cores}: {plan}", step)
+    return Finding("warn", "cores", f"threads: {threads}", step)

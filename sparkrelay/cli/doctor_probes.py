@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import platform
 import socket
 import sys
@@ -234,12 +233,3 @@ def served(address: str) -> Served:
 def clock() -> Clock:
     written = Path(__file__).stat().st_mtime
     return Clock(time.time(), time.get_clock_info("monotonic").resolution, written)
-
-
-def free_bytes() -> int:
-    """Memory that can be taken without swapping, as the verifier itself would count it."""
-    try:
-        from verifier_service.host_memory import free_bytes as of_this_machine
-    except ImportError:  # the extra is not installed: no verifier will run here
-        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    return of_this_machine()

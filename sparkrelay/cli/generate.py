@@ -38,50 +38,67 @@ def register(app: typer.Typer) -> None:
 
 def generate(
     text: Annotated[
-        str, typer.Argument(metavar="[PROMPT]", help="The text to answer; - reads it from stdin.")
+        str, typer.Argument(metavar="PROMPT", help="The text to answer; - reads it from stdin.")
     ] = "",
-    prompt: Annotated[str, typer.Option("--prompt", "-p", help="The same as an option.")] = "",
-    token_ids: Annotated[str, typer.Option(help="Token ids instead of text, separated by commas.")] = "",
-    system: Annotated[str, typer.Option(help="A system message before the prompt.")] = "",
+    prompt: Annotated[
+        str, typer.Option("--prompt", "-p", metavar="TEXT", help="The same as an option.")
+    ] = "",
+    token_ids: Annotated[
+        str, typer.Option(metavar="1,2,3", help="Token ids instead of text, separated by commas.")
+    ] = "",
+    system: Annotated[str, typer.Option(metavar="TEXT", help="A system message before the prompt.")] = "",
     chat: Annotated[
         bool | None,
         typer.Option(
             "--chat/--raw", help="By the model's chat template, or the text as it is. Default: if it has one."
         ),
     ] = None,
-    model: Annotated[str, typer.Option(help="The model, if more than one is served.")] = "",
-    max_tokens: Annotated[int, typer.Option(min=1, help="The most tokens to produce.")] = 256,
-    temperature: Annotated[float, typer.Option(help="0 is greedy; higher is more varied.")] = 0.0,
+    model: Annotated[str, typer.Option(metavar="NAME", help="The model, if more than one is served.")] = "",
+    max_tokens: Annotated[int, typer.Option(metavar="N", min=1, help="The most tokens to produce.")] = 256,
+    temperature: Annotated[
+        float, typer.Option(metavar="X", help="0 is greedy; higher is more varied.")
+    ] = 0.0,
     top_p: Annotated[
-        float, typer.Option(help="Keep the likeliest tokens up to this probability; 1 keeps all.")
+        float,
+        typer.Option(metavar="X", help="Keep the likeliest tokens up to this probability; 1 keeps all."),
     ] = 1.0,
-    top_k: Annotated[int, typer.Option(help="Keep so many of the likeliest tokens; 0 keeps all.")] = 0,
+    top_k: Annotated[
+        int, typer.Option(metavar="N", help="Keep so many of the likeliest tokens; 0 keeps all.")
+    ] = 0,
     min_p: Annotated[
-        float, typer.Option(help="Keep tokens so likely relative to the likeliest; 0 keeps all.")
+        float, typer.Option(metavar="X", help="Keep tokens so likely relative to the likeliest; 0 keeps all.")
     ] = 0.0,
     seed: Annotated[
         int | None,
-        typer.Option(help="The same seed gives the same tokens; left out, one is drawn and reported."),
+        typer.Option(
+            metavar="N", help="The same seed gives the same tokens; left out, one is drawn and reported."
+        ),
     ] = None,
     stop: Annotated[
-        list[str] | None, typer.Option(help="End where this text appears; may be given often.")
+        list[str] | None,
+        typer.Option(metavar="TEXT", help="End where this text appears; may be given often."),
     ] = None,
     json_schema: Annotated[
         str, typer.Option(metavar="FILE", help="The answer is JSON that meets the JSON schema in this file.")
     ] = "",
-    regex: Annotated[str, typer.Option(help="The whole answer matches this regular expression.")] = "",
-    speculation: Annotated[str, typer.Option(help="off, fixed:K with K from 0 to 15, or auto.")] = "auto",
+    regex: Annotated[
+        str, typer.Option(metavar="REGEX", help="The whole answer matches this regular expression.")
+    ] = "",
+    speculation: Annotated[
+        str, typer.Option(metavar="MODE", help="off, fixed:K with K from 0 to 15, or auto.")
+    ] = "auto",
     session: Annotated[
         str,
         typer.Option(
-            help="Id of a session to run in, with the whole conversation; new opens one and names it."
+            metavar="ID",
+            help="Id of a session to run in, with the whole conversation; new opens one and names it.",
         ),
     ] = "",
     stream: Annotated[bool, typer.Option(help="Print text as it comes, or all at the end.")] = True,
     as_json: AsJson = False,
     gateway: Gateway = "",
     timeout: Annotated[
-        float, typer.Option(min=0.001, help="Seconds until the answer must be complete.")
+        float, typer.Option(metavar="S", min=0.001, help="Seconds until the answer must be complete.")
     ] = 600.0,
 ) -> None:
     # Imported here: grpc takes a while, and `--help` should not.

@@ -82,6 +82,12 @@ def utf8(content: bytes) -> str:
         raise typer.BadParameter(f"stdin is not UTF-8 text: {error.reason} at byte {error.start}") from None
 
 
+def show(markup: str) -> None:
+    """Lines with rich's markup, broken between words on a terminal and whole in a pipe."""
+    target = console()
+    target.print(markup, soft_wrap=not target.is_terminal)
+
+
 def has_colours(environment: Mapping[str, str], *, is_terminal: bool) -> bool:
     """Whether escape sequences for colours are welcome (no-color.org; a dumb terminal knows none)."""
     return is_terminal and not environment.get("NO_COLOR") and environment.get("TERM", "") != "dumb"

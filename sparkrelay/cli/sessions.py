@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from sparkrelay.cli.options import AsJson, Gateway, examples, paragraphs
-from sparkrelay.cli.output import console, count, print_json, reported, tell
+from sparkrelay.cli.output import count, print_json, reported, show, tell
 from sparkrelay.cli.times import age
 
 if TYPE_CHECKING:
@@ -46,15 +46,15 @@ def list_sessions(
         print_json([asdict(each) for each in sessions])
         return
     for each in sessions:
-        console().print(row(each, time.time()), soft_wrap=True)
+        show(row(each, time.time()))
     if not sessions:
         tell("No session is open. `sparkrelay chat` opens one.")
     elif len(sessions) == limit:
         tell(f"The newest {limit}; there may be more (--limit).")
 
 
-@app.command(epilog=examples("sparkrelay sessions show session-0123456789abcdef"))
-def show(session_id: SessionId, as_json: AsJson = False, gateway: Gateway = "") -> None:
+@app.command("show", epilog=examples("sparkrelay sessions show session-0123456789abcdef"))
+def show_session(session_id: SessionId, as_json: AsJson = False, gateway: Gateway = "") -> None:
     """Show what the gateway knows of one session."""
     from sparkrelay.client.blocking import connect
 

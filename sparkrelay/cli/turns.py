@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from sparkrelay.cli.options import AsJson, Gateway, examples, paragraphs
-from sparkrelay.cli.output import console, count, print_json, reported, tell
+from sparkrelay.cli.output import count, print_json, reported, show, tell
 from sparkrelay.cli.times import age, milliseconds
 
 if TYPE_CHECKING:
@@ -47,13 +47,13 @@ def list_turns(
         print_json([asdict(each) for each in turns])
         return
     for each in turns:
-        console().print(row(each, time.time()), soft_wrap=True)
+        show(row(each, time.time()))
     if not turns:
         tell('No turn is remembered. `sparkrelay generate "Hello"` runs one.')
 
 
-@app.command(epilog=examples("sparkrelay turns show turn-0123456789abcdef01234567"))
-def show(
+@app.command("show", epilog=examples("sparkrelay turns show turn-0123456789abcdef01234567"))
+def show_turn(
     turn_id: Annotated[str, typer.Argument(metavar="TURN", help="Id, as every answer names it.")],
     as_json: AsJson = False,
     gateway: Gateway = "",

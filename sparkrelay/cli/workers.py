@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from sparkrelay.cli.options import AsJson, Gateway, examples, paragraphs
-from sparkrelay.cli.output import console, count, print_json, reported, tell
+from sparkrelay.cli.output import count, print_json, reported, show, tell
 from sparkrelay.cli.times import milliseconds
 
 if TYPE_CHECKING:
@@ -38,7 +38,7 @@ def list_workers(as_json: AsJson = False, gateway: Gateway = "") -> None:
         print_json([asdict(each) for each in workers])
         return
     for worker in workers:
-        console().print(worker_text(worker), soft_wrap=True)
+        show(worker_text(worker))
 
 
 @app.command(epilog=examples("sparkrelay workers drain 127.0.0.1:7071"))
@@ -57,7 +57,7 @@ def drain(
     if as_json:
         print_json(asdict(worker))
         return
-    console().print(worker_text(worker), soft_wrap=True)
+    show(worker_text(worker))
     tell(f"{count(worker.turn_count, 'turn')} of this gateway under way there.")
 
 
