@@ -1,7 +1,7 @@
 """A command on a terminal that only exists here: what it writes, as a screen would show it, and what a person types.
 
     with PtyScreen(["sparkrelay", "chat"], columns=80, rows=24) as terminal:
-        terminal.wait_for(">")
+        terminal.expect(">")
         terminal.type("Hello\\n")
         print(terminal.text)
 
@@ -83,7 +83,7 @@ class PtyScreen:
         """As if typed."""
         os.write(self._master, text.encode())
 
-    def wait_for(self, words: str, timeout_s: float = 60.0) -> None:
+    def expect(self, words: str, timeout_s: float = 60.0) -> None:
         """Until the screen shows the words. Raises AssertionError with the screen when time is up or the command has ended."""
         self.wait_until(lambda: words in self.text, repr(words), timeout_s)
 

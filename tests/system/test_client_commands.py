@@ -108,21 +108,21 @@ def test_a_person_chats_stops_an_answer_looks_at_rounds_and_leaves(
         "400",
     ]
     with run_drafter(demo_stack, "ngram"), PtyScreen(command, columns=72, rows=30) as person:
-        person.wait_for("drafted by drafter-1 (ngram)")
-        person.wait_for(">")
+        person.expect("drafted by drafter-1 (ngram)")
+        person.expect(">")
         person.type("Count from 1 to 400, one number a line.\n")
         person.wait_until(lambda: "tokens/s" in person.text and "a round" in person.text, "status line")
         assert "Count from" in person.text.splitlines()[-3] or len(person.text.splitlines()) > 5
         person.type(CTRL_C)
-        person.wait_for("[stopped]")
+        person.expect("[stopped]")
         person.type("/max 6\n")
-        person.wait_for("max is 6 from now on")
+        person.expect("max is 6 from now on")
         person.type("Say hello.\n")
-        person.wait_for("[6 tokens, length")
+        person.expect("[6 tokens, length")
         person.type("/rounds\n")
-        person.wait_for("seed ")
+        person.expect("seed ")
         person.type("/session\n")
-        person.wait_for("turns     2")
+        person.expect("turns     2")
         with connect(demo_stack.gateway) as client:
             assert drafter_state(client) == "connected"
             assert [each.turn_count for each in client.list_sessions()] == [2]
@@ -138,10 +138,10 @@ def test_ctrl_c_twice_at_the_prompt_ends_with_code_130(demo_stack: Stack) -> Non
     command = [sys.executable, "-m", "sparkrelay", "chat", "--gateway", demo_stack.gateway]
     with PtyScreen(command) as person:
         # Python notices a signal that comes while readline is at work with the end of the line: so one follows each.
-        person.wait_for(">")
+        person.expect(">")
         person.type("not sent")
-        person.wait_for("not sent")
+        person.expect("not sent")
         person.type(CTRL_C + "\n")
-        person.wait_for("Ctrl-C again")
+        person.expect("Ctrl-C again")
         person.type(CTRL_C + "\n")
         assert person.wait_for_exit() == 130
