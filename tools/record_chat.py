@@ -8,6 +8,7 @@ wrote. The figures in the picture are those of the machine that recorded it. Nee
 
 from __future__ import annotations
 
+import io
 import re
 import sys
 import tempfile
@@ -41,10 +42,10 @@ FONT_FILES = re.compile(r"@font-face \{.*?\}\s*", re.DOTALL)
 def main() -> None:
     """Starts the stack, talks, writes the picture."""
     options = StackOptions(model="smollm2-135m", drafter="ngram")
-    with tempfile.TemporaryDirectory(prefix="sparkrelay-chat-") as folder:
-        with Stack(plan_stack(options, core_count(), any_free_port), Path(folder)) as stack:
-            stack.wait_until_ready(print)
-            written = talk(stack.gateway)
+    plan = plan_stack(options, core_count(), any_free_port)
+    with tempfile.TemporaryDirectory(prefix="sparkrelay-chat-") as folder, Stack(plan, Path(folder)) as stack:
+        stack.wait_until_ready(print)
+        written = talk(stack.gateway)
     PICTURE.write_text(picture(written), encoding="utf-8")
     print(f"{PICTURE.relative_to(ROOT)}: {PICTURE.stat().st_size / 1000:.0f} kB")
 
@@ -86,7 +87,7 @@ def picture(written: bytes) -> str:
     """The screen after these bytes, as an SVG that loads nothing."""
     screen = pyte.Screen(COLUMNS, ROWS)
     pyte.ByteStream(screen).feed(written.replace(DIM, GREY))
-    console = Console(record=True, width=COLUMNS, file=tempfile.TemporaryFile("w"), legacy_windows=False)
+    console = Console(record=True, width=COLUMNS, file=io.StringIO(), legacy_windows=False)
     rows = [row_text(screen.buffer[number], COLUMNS) for number in range(ROWS)]
     while rows and not rows[-1].plain.strip():
         rows.pop()
