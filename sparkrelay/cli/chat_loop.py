@@ -14,7 +14,8 @@ from sparkrelay.cli.generate import how_it_went, summary
 from sparkrelay.cli.output import INTERRUPTED, REFUSED, explain
 from sparkrelay.cli.sessions import session_text
 from sparkrelay.cli.turns import rounds_text
-from sparkrelay.client.blocking import Client, GenerationStream, Session
+from sparkrelay.client.blocking import Client, Session
+from sparkrelay.client.blocking_stream import GenerationStream
 from sparkrelay.client.errors import NotFound, SessionBusy, SparkRelayError
 from sparkrelay.client.results import Generation
 

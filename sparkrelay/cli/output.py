@@ -47,9 +47,8 @@ def explain(error: SparkRelayError) -> str:
         for each in error.violations
         if each.message not in error.message or each.field not in error.message
     ]
-    retry_after = getattr(error, "retry_after", 0.0)
-    if retry_after:
-        lines.append(f"  Try again in {retry_after:.1f} s.")
+    if error.retry_after:
+        lines.append(f"  Try again in {error.retry_after:.1f} s.")
     where = [("reason", error.reason), ("turn", error.turn_id), ("trace", error.trace_id)]
     known = [f"{name} {value}" for name, value in where if value and value != "UNSPECIFIED"]
     if known:

@@ -111,8 +111,7 @@ def test_an_error_says_what_field_limit_next_step_and_turn() -> None:
         assert words in text
     said_already = InvalidRequest(f"{violation.field}: {violation.message}.", violations=(violation,))
     assert output.explain(said_already).count("at most 1") == 1
-    full = Overloaded("The queues are full.", reason="OVERLOADED")
-    full.retry_after = 0.5
+    full = Overloaded("The queues are full.", reason="OVERLOADED", retry_after=0.5)
     assert "again in 0.5 s" in output.explain(full)
 
 
