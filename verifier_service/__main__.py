@@ -10,7 +10,6 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
@@ -30,19 +29,19 @@ from sparkrelay.v1 import verifier_service_pb2, verifier_service_pb2_grpc
 from verifier_service.depth_policies import parse_depth_policy
 from verifier_service.engine import Engine, EngineSettings
 from verifier_service.events import Command, Event
+from verifier_service.grammar_compiler import STACK_BYTES
 from verifier_service.memory_plan import plan_state, require_room_for_weights
 from verifier_service.models import ModelInfo, TargetModel
 from verifier_service.models.toy import toy_model
 from verifier_service.servicer import VerifierIdentity, VerifierServicer
 from verifier_service.servicer.formats import Formats
+from verifier_service.servicer.trials import TriedCompiler
 from verifier_service.settings import VerifierSettings
 
 log = structlog.get_logger(__name__)
 
 TOKENIZER_FILE = "tokenizer.json"
 THREAD_STOP_S = 2.0
-COMPILING_THREADS = 1  # the other cores have work that more people wait for
-STACK_BYTES = 256 * 2**20  # of address space: the grammar library goes as deep as a grammar is long
 
 
 def main(argv: Sequence[str]) -> int:
@@ -63,7 +62,7 @@ async def _serve(settings: VerifierSettings) -> int:
     device = _Device(settings, lifecycle)
     try:
         engine, model = await device.started()
-        formats = await asyncio.to_thread(load_formats, settings, model.info)
+        compiler = await asyncio.to_thread(load_compiler, settings, model.info)
     except (StoreError, UnsupportedModel, ValueError, OSError) as error:
         log.error("cannot start", name="verifier", reason=str(error))
         return 1
@@ -80,7 +79,7 @@ async def _serve(settings: VerifierSettings) -> int:
         load=engine.load,
         crashed=device.crashed,
         now_s=time.monotonic,
-        formats=formats,
+        formats=Formats(compiler.compile if compiler is not None else None),
     )
     device.servicer = servicer
     spare_rounds()
@@ -95,7 +94,7 @@ async def _serve(settings: VerifierSettings) -> int:
         context_limit=info.context_limit,
         block_count=engine.load().block_count,
         block_tokens=info.block_tokens,
-        response_format=formats.available,
+        response_format=compiler is not None,
         verifier_id=identity.verifier_id,
         epoch=identity.epoch,
     )
@@ -104,6 +103,7 @@ async def _serve(settings: VerifierSettings) -> int:
         verifier_service_pb2_grpc.add_VerifierServiceServicer_to_server(servicer, server)
         lifecycle.set_ready()
 
+    warming = asyncio.create_task(compiler.warm()) if compiler is not None else None
     code = await run_service(
         name="verifier",
         settings=settings,
@@ -113,6 +113,9 @@ async def _serve(settings: VerifierSettings) -> int:
         on_drain=servicer.drain,
     )
     device.thread.stop(THREAD_STOP_S)
+    if compiler is not None and warming is not None:
+        await warming
+        await compiler.close()
     return code
 
 
@@ -197,19 +200,17 @@ def load_model(settings: VerifierSettings, free: Callable[[], FreeMemory]) -> Ta
     return _load_huggingface(settings, files.name, files.path)
 
 
-def load_formats(settings: VerifierSettings, info: ModelInfo) -> Formats:
-    """What compiles response formats for the target of the settings; a model without text has none. Raises as `load_model`."""
+def load_compiler(settings: VerifierSettings, info: ModelInfo) -> TriedCompiler | None:
+    """What compiles response formats for the target of the settings; None where the target has no text, or none that can be
+    read. Raises StoreError or OSError."""
     if not info.tokenizer_hash:
-        return Formats(None, reason=f"{info.model_id} has no text")
-    from verifier_service.grammar_compiler import GrammarCompiler
-
+        return None
     file = resolve(settings.model).path / TOKENIZER_FILE
     try:
-        compiler = GrammarCompiler.load(file, info.vocab_size, info.default_stop_ids)
+        return TriedCompiler.load(file, info.vocab_size, info.default_stop_ids)
     except ValueError as error:
         log.warning("no response formats", file=str(file), reason=str(error))
-        return Formats(None, reason=f"its tokenizer cannot be read: {error}")
-    return Formats(compiler.compile, ThreadPoolExecutor(COMPILING_THREADS, "grammar"))
+        return None
 
 
 def _load_huggingface(settings: VerifierSettings, name: str, path: Path) -> TargetModel:

@@ -1,7 +1,7 @@
 """From the text of a response format to a grammar: bounded in size, work and memory, and refused with the place and the reason.
 
-Without I/O but for the tokenizer's file, and slow (up to some hundred milliseconds): `servicer.formats` calls it on a thread
-of its own.
+Without I/O but for the tokenizer's file, and not quick: mostly a millisecond, sometimes some hundred, rarely many seconds. So
+`servicer.trials` has another process try a format first, and calls it on a thread of its own.
 """
 
 from __future__ import annotations
@@ -17,6 +17,9 @@ from sparkrelay.device.filters import NothingAllowed
 from sparkrelay.outcomes import FieldViolation, Reason, Refusal
 from sparkrelay.response_format import FormatKind, ResponseFormat
 from verifier_service.grammar import Grammar, one_line
+
+STACK_BYTES = 256 * 2**20
+"""Of address space, for every thread that compiles or follows a grammar: the library goes as deep as a grammar is long."""
 
 JSON_WHITESPACE = r"[ ]|\n[ ]{0,32}"
 """Between the tokens of JSON: nothing, one space, or a line break and up to 32 spaces. A target that may write white space
@@ -111,13 +114,14 @@ def _no_json(constant: str) -> NoReturn:
     raise ValueError(f"{constant} is no JSON value")
 
 
+def refusal_of(wanted: ResponseFormat, message: str) -> Refusal:
+    """Why there is no grammar for a format."""
+    violation = FieldViolation(wanted.field, message)
+    return Refusal(Reason.GRAMMAR_REFUSED, f"{wanted.field}: {message}", violations=(violation,))
+
+
 def _refuse(wanted: ResponseFormat, error: str) -> NoReturn:
-    message = f"{one_line(error)}; send another {wanted.kind.value}"
-    raise Refusal(
-        Reason.GRAMMAR_REFUSED,
-        f"{wanted.field}: {message}",
-        violations=(FieldViolation(wanted.field, message),),
-    )
+    raise refusal_of(wanted, f"{one_line(error)}; send another {wanted.kind.value}")
 
 
 def _highest_id(tokenizer_json: str) -> int:

@@ -47,6 +47,7 @@ from verifier_service.models import FloatRows, TargetModel
 from verifier_service.models.toy import ToyModel
 from verifier_service.ragged_batch import RaggedBatch
 from verifier_service.servicer import VerifierIdentity, VerifierServicer
+from verifier_service.servicer.formats import Formats
 
 WAIT_S = 10.0  # of anything that must happen
 Request = pb2.VerifierServiceGenerateRequest
@@ -101,6 +102,7 @@ async def rig(
     policy: str = "auto",
     block_wait_ms: int = 5_000,
     now_s: Callable[[], float] = time.monotonic,
+    formats: Formats | None = None,
     **link: Any,
 ) -> AsyncIterator[Rig]:
     """link: fields of LinkSettings to set otherwise."""
@@ -122,6 +124,7 @@ async def rig(
         load=engine.load,
         crashed=crashes.append,
         now_s=now_s,
+        formats=formats,
         link_settings=replace(identity.link_settings, **link),
     )
     servicers.append(servicer)

@@ -104,7 +104,7 @@ class VerifierServicer(verifier_service_pb2_grpc.VerifierServiceServicer):
         self._tick_s = settings.ping_every_s / TICKS_PER_PING
         self._hub = Hub(settings, post=post, crashed=crashed, now_s=now_s)
         self.deliver = self._hub.deliver
-        self._formats = formats or Formats(None, reason="this verifier has no grammar compiler")
+        self._formats = formats or Formats(None)
         self._draining = False
         self._ended = False
 

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import asyncio
 from collections import OrderedDict
-from collections.abc import Callable
-from concurrent.futures import Executor
+from collections.abc import Awaitable, Callable
 
 from sparkrelay.outcomes import FieldViolation, Reason, Refusal
 from sparkrelay.response_format import ResponseFormat
 from verifier_service.grammar import Grammar
+from verifier_service.grammar_compiler import refusal_of
+
+Compile = Callable[[ResponseFormat], Awaitable[Grammar]]
 
 KEPT_GRAMMARS = 64
 COMPILING_LIMIT = 32  # texts that may be under way or wait; beyond it a turn is refused
@@ -20,21 +22,16 @@ RETRY_AFTER_MS = 500
 class Formats:
     """The grammars of late, by their text. Lives on the event loop.
 
-    compile_format  makes a grammar; takes its time, raises Refusal. None: this verifier can keep to no format, for `reason`
-    executor        where it runs
+    compile_format  makes a grammar, raises Refusal. None: this verifier can keep to no format
     """
 
     def __init__(
         self,
-        compile_format: Callable[[ResponseFormat], Grammar] | None,
-        executor: Executor | None = None,
+        compile_format: Compile | None,
         *,
-        reason: str = "",
         limit_s: float = COMPILE_LIMIT_S,
     ) -> None:
         self._compile = compile_format
-        self._executor = executor
-        self._reason = reason
         self._limit_s = limit_s
         self._grammars: OrderedDict[ResponseFormat, Grammar] = OrderedDict()  # least recently used first
         self._compiling: dict[ResponseFormat, asyncio.Task[Grammar]] = {}
@@ -53,18 +50,17 @@ class Formats:
         task = self._compiling.get(wanted) or self._start(wanted)
         try:
             async with asyncio.timeout(self._limit_s):
-                # Others may wait for the same text, and a thread cannot be stopped: only this turn gives up.
+                # Others may wait for the same text: only this turn gives up.
                 return await asyncio.shield(task)
         except TimeoutError:
             message = f"is not compiled after {self._limit_s:g} s; send a simpler one, or try again"
-            violation = FieldViolation(wanted.field, message)
-            raise Refusal(
-                Reason.GRAMMAR_REFUSED, f"{wanted.field}: {message}", violations=(violation,)
-            ) from None
+            raise refusal_of(wanted, message) from None
 
     def _start(self, wanted: ResponseFormat) -> asyncio.Task[Grammar]:
         if self._compile is None:
-            message = f"cannot be kept here: {self._reason}; leave it out"
+            message = (
+                "cannot be kept: this verifier's model has no text, or none that can be read; leave it out"
+            )
             raise Refusal(
                 Reason.INVALID_FIELD,
                 f"response_format: {message}",
@@ -78,12 +74,9 @@ class Formats:
         self._compiling[wanted] = task
         return task
 
-    async def _made(
-        self, wanted: ResponseFormat, compile_format: Callable[[ResponseFormat], Grammar]
-    ) -> Grammar:
+    async def _made(self, wanted: ResponseFormat, compile_format: Compile) -> Grammar:
         try:
-            loop = asyncio.get_running_loop()
-            grammar = await loop.run_in_executor(self._executor, compile_format, wanted)
+            grammar = await compile_format(wanted)
         finally:
             del self._compiling[wanted]
         self._grammars[wanted] = grammar
