@@ -96,6 +96,7 @@ class FakeVerifier(verifier_grpc.VerifierServiceServicer):
     epoch: str = "epoch-1"
     address: str = "127.0.0.1:0"
     silent: bool = False
+    has_response_format: bool = False
 
     async def start(self) -> None:
         self.go_on = asyncio.Event()
@@ -215,6 +216,7 @@ class FakeVerifier(verifier_grpc.VerifierServiceServicer):
             context_limit=self.context_limit,
             default_stop_ids=[STOP_ID],
             exact=True,
+            has_response_format=self.has_response_format,
         )
 
     async def WatchLoad(

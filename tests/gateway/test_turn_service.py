@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 
 import pytest
 
@@ -305,3 +306,34 @@ async def test_rounds_can_be_watched_as_they_happen() -> None:
         assert [each.round.index for each in seen] == [0, 1, 2]
         assert {each.turn_id for each in seen} == {whole.turn_id}
         watching.cancel()
+
+
+async def test_a_response_format_reaches_the_verifier_as_it_was_sent() -> None:
+    schema = {"type": "object", "title": "naïve"}
+    async with (
+        running({"has_response_format": True}) as stack,
+        sparkrelay.aio.connect(stack.address) as client,
+    ):
+        assert [model.has_response_format for model in await client.list_models()] == [True]
+        asked = {"type": "json_schema", "schema": schema}
+        await client.generate(token_ids=PROMPT, max_tokens=3, response_format=asked)
+        await client.generate(token_ids=PROMPT, max_tokens=3)
+        assert json.loads(stack.verifier.requests[0].response_format.json_schema) == schema
+        assert not stack.verifier.requests[1].HasField("response_format")
+        with pytest.raises(InvalidRequest, match=r"16385 bytes; send at most 16384") as refused:
+            await client.generate(
+                token_ids=PROMPT, response_format={"type": "regex", "pattern": "a" * 16_385}
+            )
+        assert refused.value.violations[0].field == "response_format.regex" and refused.value.turn_id
+        assert len(stack.verifier.requests) == 2
+
+
+async def test_a_model_is_asked_for_a_format_only_if_all_its_verifiers_can_keep_to_one() -> None:
+    async with (
+        running({"has_response_format": True}, {"name": "other"}) as stack,
+        sparkrelay.aio.connect(stack.address) as client,
+    ):
+        assert [model.has_response_format for model in await client.list_models()] == [False]
+        with pytest.raises(InvalidRequest) as refused:
+            await client.generate(token_ids=PROMPT, response_format={"type": "regex", "pattern": "a"})
+        assert refused.value.violations[0].field == "response_format"
