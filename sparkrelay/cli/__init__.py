@@ -39,6 +39,7 @@ EXTRA_OF_PACKAGE = {
     "gguf": "verifier",
     "huggingface_hub": "verifier",
     "jinja2": "gateway",
+    "llguidance": "verifier",
     "numpy": "verifier",
     "redis": "gateway",
     "safetensors": "verifier",

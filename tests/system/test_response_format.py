@@ -13,7 +13,7 @@ import pytest
 from jsonschema import Draft202012Validator
 from typer.testing import CliRunner
 
-from sparkrelay.cli import app
+from sparkrelay.cli import build_app
 from sparkrelay.cli.stack import Stack
 from sparkrelay.client import InvalidRequest, json_schema, lark, regex
 from sparkrelay.client.blocking import connect
@@ -103,10 +103,10 @@ def test_the_command_takes_a_schema_file_or_a_pattern(demo_stack: Stack, tmp_pat
     schema.write_text(json.dumps(PERSON))
     ask = ["generate", "--gateway", demo_stack.gateway, "--prompt", "A cat:", "--max-tokens", "80", "--json"]
     for flags, meets in ((["--json-schema", str(schema)], is_person), (["--regex", SENTENCE], is_sentence)):
-        run = CliRunner().invoke(app, [*ask, *flags])
+        run = CliRunner().invoke(build_app(), [*ask, *flags])
         assert run.exit_code == 0, run.output
         answer = json.loads(run.stdout)
         assert answer["finish_reason"] == "stop" and meets(answer["text"])
-    both = CliRunner().invoke(app, [*ask, "--json-schema", str(schema), "--regex", "a"])
-    missing = CliRunner().invoke(app, [*ask, "--json-schema", str(tmp_path / "none.json")])
+    both = CliRunner().invoke(build_app(), [*ask, "--json-schema", str(schema), "--regex", "a"])
+    missing = CliRunner().invoke(build_app(), [*ask, "--json-schema", str(tmp_path / "none.json")])
     assert both.exit_code == missing.exit_code == 2
