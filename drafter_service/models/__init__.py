@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import NamedTuple, Protocol
 
+from drafter_service.context_rows import ContextRows
 from sparkrelay.frames import Block, Fingerprint
 from sparkrelay.sampling import Sampling
 
@@ -23,6 +24,9 @@ KINDS: Mapping[str, str] = MappingProxyType(
         "adversarial": "drafter_service.models.adversarial",
         "causal_lm": "drafter_service.models.causal_lm",
         "cycle": "drafter_service.models.cycle",
+        "dflash": "drafter_service.models.dspark.drafter",
+        "dspark": "drafter_service.models.dspark.drafter",
+        "mtp": "drafter_service.models.mtp.drafter",
         "ngram": "drafter_service.models.ngram",
         "random": "drafter_service.models.random_tokens",
     }
@@ -53,6 +57,7 @@ class DraftRequest(NamedTuple):
     cut_count    how often these ids were cut; while it stays the same, the ids of an earlier request are a prefix of these
     token_limit  the most draft tokens wanted, at least 1
     turn         the rules of the turn
+    rows         context rows of the ids before the last one, for a model whose fingerprint asks for rows; theirs as the ids are
     """
 
     session_key: int
@@ -60,6 +65,7 @@ class DraftRequest(NamedTuple):
     cut_count: int
     token_limit: int
     turn: TurnRules
+    rows: ContextRows | None = None
 
 
 class DraftedBlock(NamedTuple):
@@ -111,6 +117,7 @@ class ModelOptions:
 
     block_size: int
     model: str = ""
+    target: str = ""
     dtype: str = "bfloat16"
     exact: bool = True
     threads: int = 1

@@ -49,7 +49,7 @@ class TargetHead:
     kept_ids  int64 [kept], ascending
     """
 
-    def __init__(self, norm: RMSNorm, eps: float, lm_head: Tensor, kept_ids: Tensor) -> None:
+    def __init__(self, norm: RMSNorm, lm_head: Tensor, kept_ids: Tensor) -> None:
         """norm: the target's last; lm_head [vocab, hidden]."""
         self.kept_ids = kept_ids
         self.weight = lm_head[kept_ids].contiguous()

@@ -6,7 +6,7 @@ The keys and values of a block's own slots are used once and dropped: what was a
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Final
+from typing import Final, NamedTuple
 
 import torch
 from torch import Tensor
@@ -84,13 +84,31 @@ def new_cache(network: DSparkNetwork) -> ContextCache:
     return ContextCache(network.config, network.config.num_hidden_layers, network.fc.weight.dtype)
 
 
-def append_rows(network: DSparkNetwork, cache: ContextCache, rows: Tensor, start: int) -> None:
-    """Context rows [n, hidden] of positions start ... enter a session's cache."""
-    count = len(rows)
-    padded = pad(rows, (0, 0, 0, -count % ROW_MULTIPLE))
-    positions = torch.arange(start, start + len(padded))
-    layers = network.context_keys_values(padded, positions)
-    cache.append([KeysValues(keys[:count], values[:count]) for keys, values in layers], start)
+class NewContext(NamedTuple):
+    """Context rows [n, hidden] of positions start ..., for a session's cache."""
+
+    cache: ContextCache
+    rows: Tensor
+    start: int
+
+
+def append_rows(network: DSparkNetwork, sessions: Sequence[NewContext]) -> None:
+    """Context rows enter their sessions' caches, all in one pass."""
+    if not sessions:
+        return
+    counts = [-(-len(new.rows) // ROW_MULTIPLE) * ROW_MULTIPLE for new in sessions]
+    padded = [
+        pad(new.rows, (0, 0, 0, count - len(new.rows))) for new, count in zip(sessions, counts, strict=True)
+    ]
+    positions = [
+        torch.arange(new.start, new.start + count) for new, count in zip(sessions, counts, strict=True)
+    ]
+    layers = network.context_keys_values(torch.cat(padded), torch.cat(positions))
+    first = 0
+    for new, count in zip(sessions, counts, strict=True):
+        own = slice(first, first + len(new.rows))
+        new.cache.append([KeysValues(keys[own], values[own]) for keys, values in layers], new.start)
+        first += count
 
 
 def draft_hidden(

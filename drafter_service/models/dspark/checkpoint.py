@@ -15,8 +15,9 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from drafter_service.models.dspark.config import UnusableCheckpoint, from_json, to_json
+from drafter_service.models.dspark.config import DraftConfig, UnusableCheckpoint, from_json, to_json
 from drafter_service.models.dspark.network import DSparkNetwork
+from drafter_service.models.mtp.network import MtpNetwork, mtp_from_json, mtp_to_json
 
 CONFIG_FILE: Final = "config.json"
 WEIGHTS_FILE: Final = "model.safetensors"
@@ -53,44 +54,62 @@ def target_tensor(folder: Path, name: str) -> Tensor:
 
 
 def save_draft(
-    network: DSparkNetwork, folder: Path, more: Mapping[str, Any], *, with_vocabulary: bool
+    network: DSparkNetwork | MtpNetwork,
+    folder: Path,
+    more: Mapping[str, Any],
+    *,
+    with_vocabulary: bool,
+    dtype: torch.dtype | None = None,
 ) -> None:
-    """Writes a draft. `more` goes into config.json beside the draft's own fields."""
+    """Writes a draft, in another type if one is given. `more` goes into config.json beside the draft's own fields."""
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {
-        name: tensor.detach().contiguous()
+        name: tensor.detach().to(dtype or tensor.dtype, copy=True).contiguous()
         for name, tensor in network.state_dict().items()
         if with_vocabulary or name not in (EMBEDDING, LM_HEAD)
     }
-    if with_vocabulary:
-        tensors[LM_HEAD] = tensors[LM_HEAD].clone()  # a tied one cannot be saved twice as the same memory
+    config = network.config
+    own = to_json(config) if isinstance(config, DraftConfig) else mtp_to_json(config)
+    saved_type = str(dtype or network.norm.weight.dtype).removeprefix("torch.")
     save_file(tensors, folder / WEIGHTS_FILE)
-    config = {
-        **to_json(network.config),
-        "dtype": str(network.norm.weight.dtype).removeprefix("torch."),
-        **more,
-    }
-    (folder / CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    record = {**own, "dtype": saved_type, **more}
+    (folder / CONFIG_FILE).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
 
 
 def load_draft(folder: Path, dtype: torch.dtype, vocabulary: Vocabulary | None = None) -> DSparkNetwork:
-    """Reads a draft; `vocabulary` fills in what the folder leaves out.
+    """Reads a DSpark or DFlash draft; `vocabulary` fills in what the folder leaves out.
 
     UnusableCheckpoint names tensors that are missing, unknown or of another shape; OSError: there is no such folder.
     """
     config = from_json(read_config(folder))
     with torch.device("meta"):
         network = DSparkNetwork(config)
+    _load(network, folder, dtype, vocabulary)
+    return network
+
+
+def load_mtp(folder: Path, dtype: torch.dtype, vocabulary: Vocabulary | None = None) -> MtpNetwork:
+    """Reads an MTP-1 draft, as `load_draft` does."""
+    config = mtp_from_json(read_config(folder))
+    with torch.device("meta"):
+        network = MtpNetwork(config)
+    _load(network, folder, dtype, vocabulary)
+    return network
+
+
+def _load(
+    network: DSparkNetwork | MtpNetwork, folder: Path, dtype: torch.dtype, vocabulary: Vocabulary | None
+) -> None:
     tensors = load_file(folder / WEIGHTS_FILE)
     if vocabulary is not None:
         tensors.setdefault(EMBEDDING, vocabulary.embedding)
         tensors.setdefault(LM_HEAD, vocabulary.lm_head)
     _check(folder, {name: tuple(tensor.shape) for name, tensor in network.state_dict().items()}, tensors)
+    shared = (EMBEDDING, LM_HEAD)
     network.load_state_dict(
-        {name: tensor.to(dtype, copy=name not in (EMBEDDING, LM_HEAD)) for name, tensor in tensors.items()},
-        assign=True,
+        {name: tensor.to(dtype, copy=name not in shared) for name, tensor in tensors.items()}, assign=True
     )
-    return network.eval().requires_grad_(False)
+    network.eval().requires_grad_(False)
 
 
 def read_config(folder: Path) -> dict[str, Any]:

@@ -42,8 +42,10 @@ class SequentialHead(nn.Module):
 
     def bias(self, features: Tensor, kept_ids: Tensor | None = None) -> Tensor:
         """What is added to the base logits: [..., vocab], or of the tokens `kept_ids` alone."""
-        weight = self.markov_w2.weight
-        return nn.functional.linear(features, weight if kept_ids is None else weight[kept_ids])
+        if kept_ids is not None:
+            return nn.functional.linear(features, self.markov_w2.weight[kept_ids])
+        bias: Tensor = self.markov_w2(features)
+        return bias
 
     def block_features(self, previous: Tensor, hidden: Tensor) -> Tensor:
         """All slots of blocks whose tokens are known: [blocks, slots, rank] of W1[x] alike and h [blocks, slots, hidden]."""

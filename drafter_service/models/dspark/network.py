@@ -74,8 +74,11 @@ class DSparkNetwork(nn.Module):
 
     def base_logits(self, hidden: Tensor, kept_ids: Tensor | None = None) -> Tensor:
         """U [..., vocab] of final hidden states [..., hidden], or of the tokens `kept_ids` alone."""
-        weight = self.lm_head.weight
-        logits = nn.functional.linear(hidden, weight if kept_ids is None else weight[kept_ids])
+        logits: Tensor
+        if kept_ids is None:
+            logits = self.lm_head(hidden)
+        else:
+            logits = nn.functional.linear(hidden, self.lm_head.weight[kept_ids])
         softcap = self.config.final_softcap
         return torch.tanh(logits / softcap) * softcap if softcap else logits
 

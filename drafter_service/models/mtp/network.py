@@ -82,8 +82,11 @@ class MtpNetwork(nn.Module):
 
     def base_logits(self, hidden: Tensor, kept_ids: Tensor | None = None) -> Tensor:
         """[..., vocab] of [..., hidden], or of the tokens `kept_ids` alone."""
-        weight = self.lm_head.weight
-        logits = nn.functional.linear(hidden, weight if kept_ids is None else weight[kept_ids])
+        logits: Tensor
+        if kept_ids is None:
+            logits = self.lm_head(hidden)
+        else:
+            logits = nn.functional.linear(hidden, self.lm_head.weight[kept_ids])
         softcap = self.config.final_softcap
         return torch.tanh(logits / softcap) * softcap if softcap else logits
 

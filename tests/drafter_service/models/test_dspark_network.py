@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from drafter_service.models.dspark.cached import GROWTH, append_rows, draft_hidden, new_cache
+from drafter_service.models.dspark.cached import GROWTH, NewContext, append_rows, draft_hidden, new_cache
 from drafter_service.models.dspark.config import FAMILIES
 from drafter_service.models.dspark.network import DSparkNetwork
 from drafter_service.models.dspark.packed import PackedSequence, packed_hidden
@@ -40,7 +40,7 @@ def cached_block(
     rows = network.context_rows(sequence.taps[:anchor])
     start = 0
     for piece in torch.split_with_sizes(rows, pieces):
-        append_rows(network, cache, piece, start)
+        append_rows(network, [NewContext(cache, piece, start)])
         start += len(piece)
     assert cache.length == anchor
     return draft_hidden(network, [cache], sequence.token_ids[anchor : anchor + 1], torch.tensor([anchor]))[0]
@@ -119,9 +119,9 @@ def test_a_draft_does_not_depend_on_pieces_or_company(dtype: torch.dtype) -> Non
     grown = new_cache(network)
     rows = network.context_rows(long.taps[:anchor])
     for start in range(0, anchor, 5):
-        append_rows(network, grown, rows[start : start + 5], start)
+        append_rows(network, [NewContext(grown, rows[start : start + 5], start)])
     other = new_cache(network)
-    append_rows(network, other, rows[:7], 0)
+    append_rows(network, [NewContext(other, rows[:7], 0)])
     together = draft_hidden(network, [other, grown], long.token_ids[[7, anchor]], torch.tensor([7, anchor]))
     assert torch.equal(together[1], at_once)
     assert not torch.equal(together[0], at_once)
@@ -132,11 +132,11 @@ def test_positions_without_rows_are_masked() -> None:
     sequence = random_sequence(12, [])
     rows = network.context_rows(sequence.taps)
     holes = new_cache(network)
-    append_rows(network, holes, rows[:3], 0)
-    append_rows(network, holes, rows[7:10], 7)
+    append_rows(network, [NewContext(holes, rows[:3], 0)])
+    append_rows(network, [NewContext(holes, rows[7:10], 7)])
     assert holes.length == 10
     whole = new_cache(network)
-    append_rows(network, whole, rows[:10], 0)
+    append_rows(network, [NewContext(whole, rows[:10], 0)])
     anchor_ids, anchors = sequence.token_ids[10:11], torch.tensor([10])
     masked = draft_hidden(network, [holes], anchor_ids, anchors)
     assert not torch.allclose(masked, draft_hidden(network, [whole], anchor_ids, anchors), atol=1e-3)
@@ -150,11 +150,11 @@ def test_what_was_cut_off_is_not_seen_again() -> None:
     sequence = random_sequence(30, [])
     rows = network.context_rows(sequence.taps)
     cache = new_cache(network)
-    append_rows(network, cache, rows[:20], 0)
+    append_rows(network, [NewContext(cache, rows[:20], 0)])
     cache.truncate(5)
-    append_rows(network, cache, rows[20:24], 5)
+    append_rows(network, [NewContext(cache, rows[20:24], 5)])
     straight = new_cache(network)
-    append_rows(network, straight, torch.cat([rows[:5], rows[20:24]]), 0)
+    append_rows(network, [NewContext(straight, torch.cat([rows[:5], rows[20:24]]), 0)])
     anchor_ids, anchors = sequence.token_ids[9:10], torch.tensor([9])
     assert torch.equal(
         draft_hidden(network, [cache], anchor_ids, anchors),
