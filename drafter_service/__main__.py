@@ -142,6 +142,7 @@ def _make_engine(settings: DrafterSettings, threads: int) -> _Running:
     options = ModelOptions(
         block_size=settings.block_size,
         model=settings.model,
+        target=settings.target,
         dtype=settings.dtype,
         exact=settings.exact,
         threads=threads,

@@ -38,6 +38,8 @@ class ContextRows:
     def put(self, start: int, rows: Words) -> None:
         """Rows of positions start ...; what lies between `length` and start has none. Rows that are here already are replaced."""
         end = start + len(rows)
+        if end == start:
+            return
         self._reserve(end)
         self._known[self.length : start] = False
         self._rows[start:end] = rows

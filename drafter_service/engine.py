@@ -32,7 +32,7 @@ from drafter_service.link_sessions import LinkSessions, Member
 from drafter_service.models import DraftModel
 from drafter_service.session import DraftSession
 from sparkrelay.device.thread import StepResult
-from sparkrelay.frames import Block, Blocks, Context, DrafterFrame, Hello, duration_us
+from sparkrelay.frames import Block, Blocks, Context, ContextKind, DrafterFrame, Hello, duration_us
 from sparkrelay.protocol import RemoteProtocolError
 
 
@@ -158,7 +158,9 @@ class DraftEngine:
         session = self._kept.take(session_id)
         if session is None:
             self._last_key += 1
-            session = DraftSession(self._last_key, self._model.fingerprint.block_size, self._model.vocab_size)
+            about = self._model.fingerprint
+            row_width = about.context_width if about.context_kind is ContextKind.ROWS else 0
+            session = DraftSession(self._last_key, about.block_size, self._model.vocab_size, row_width)
         return session
 
     def _put_back(self, session_id: str, session: DraftSession, keep: bool) -> None:

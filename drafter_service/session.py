@@ -15,7 +15,9 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
+from drafter_service.context_rows import ContextRows
 from drafter_service.models import DraftedBlock, DraftRequest, TurnRules
 from sparkrelay.frames import Block, Context, TurnStarted, Verdict
 from sparkrelay.protocol import Membership, match_block
@@ -53,13 +55,25 @@ class DraftSession:
     ids         committed ids that are here, without gaps; for others to read
     block_size  the most draft tokens of a block
     vocab_size  ids at or above it are refused; 0 allows any
+    row_width   elements of a context row; 0 if the draft model reads none
     """
 
-    __slots__ = ("_beyond", "_block_size", "_cut_count", "_membership", "_turn", "_vocab_size", "ids", "key")
+    __slots__ = (
+        "_beyond",
+        "_block_size",
+        "_cut_count",
+        "_membership",
+        "_turn",
+        "_vocab_size",
+        "ids",
+        "key",
+        "rows",
+    )
 
-    def __init__(self, key: int, block_size: int, vocab_size: int = 0) -> None:
+    def __init__(self, key: int, block_size: int, vocab_size: int = 0, row_width: int = 0) -> None:
         self.key = key
         self.ids: list[int] = []
+        self.rows = ContextRows(row_width) if row_width else None
         self._block_size = block_size
         self._vocab_size = vocab_size
         self._cut_count = 0
@@ -86,6 +100,8 @@ class DraftSession:
 
     def rewound(self, length: int) -> None:
         """The session was cut. Never while ids are on their way."""
+        if self.rows is not None:
+            self.rows.truncate(length)
         if length < len(self.ids):
             del self.ids[length:]
             self._cut_count += 1
@@ -114,6 +130,8 @@ class DraftSession:
     def context(self, frame: Context) -> None:
         """Ids from the feed, in order of position; then what was committed right behind them."""
         self._check_ids("context", frame.token_ids)
+        if frame.rows is not None:
+            self._take_rows("context", frame.rows_start, frame.rows, frame.start + len(frame.token_ids))
         self.ids += frame.token_ids
         while self._beyond and self._beyond[0][0] == len(self.ids):
             self.ids += self._beyond.popleft()[1]
@@ -126,6 +144,10 @@ class DraftSession:
         if token_ids[-1] >= id_limit:  # the others were drafted here
             raise SessionViolation(
                 f"verdict: next_token_id is {token_ids[-1]}; the vocabulary has {id_limit} ids"
+            )
+        if verdict.rows is not None:
+            self._take_rows(
+                "verdict", verdict.base_len - 1, verdict.rows, verdict.base_len + verdict.accepted_count
             )
         if verdict.base_len == len(self.ids):
             self.ids += token_ids
@@ -160,7 +182,7 @@ class DraftSession:
         turn, ids = self._turn, self.ids
         assert turn is not None, "only a running turn wants a block"
         limit = min(turn.budget, self._block_size, turn.end_len - len(ids) - 1)
-        return DraftRequest(self.key, ids, self._cut_count, limit, turn.rules)
+        return DraftRequest(self.key, ids, self._cut_count, limit, turn.rules, self.rows)
 
     def block_ready(
         self, base_len: int, rules: TurnRules, drafted: DraftedBlock, draft_us: int = 0, queue_us: int = 0
@@ -211,6 +233,20 @@ class DraftSession:
             frame.sampling.check(self._vocab_size or _ANY_ID)
         except InvalidField as error:
             raise SessionViolation(f"turn_started.sampling.{error}") from None
+
+    def _take_rows(self, field: str, start: int, rows: Any, end: int) -> None:
+        """Context rows [count, width] of positions start ..., none of them at or behind `end`."""
+        if self.rows is None:
+            return  # this model reads none
+        if rows.ndim != 2 or rows.shape[1] != self.rows.width or rows.dtype.itemsize != 2:
+            raise SessionViolation(
+                f"{field}.rows: is {rows.dtype}{list(rows.shape)}; [count, {self.rows.width}] bfloat16 is needed"
+            )
+        if not 0 <= start <= start + len(rows) <= min(end, MAX_SESSION_TOKENS):
+            raise SessionViolation(
+                f"{field}.rows: {len(rows)} from {start} on reach beyond position {end - 1}"
+            )
+        self.rows.put(start, rows)
 
     def _check_ids(self, field: str, token_ids: Sequence[int]) -> None:
         id_limit = self._vocab_size or _ANY_ID

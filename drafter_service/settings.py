@@ -44,14 +44,22 @@ class DrafterSettings(ServiceSettings):
     drafter_id: str = Field(
         "", max_length=128, description="Name of this drafter, the same after a restart; empty is host-port."
     )
-    kind: Literal["ngram", "causal_lm", "cycle", "random", "adversarial"] = Field(
+    kind: Literal["ngram", "dspark", "dflash", "mtp", "causal_lm", "cycle", "random", "adversarial"] = Field(
         "ngram",
-        description="What drafts: ngram (prompt lookup, no weights), causal_lm (a small model with the target's tokenizer), "
+        description="What drafts: ngram (prompt lookup, no weights), dspark, dflash or mtp (trained for one target, see "
+        "`sparkrelay train`), causal_lm (a small model with the target's tokenizer), "
         "cycle (for benchmarks), random, adversarial (for tests).",
     )
-    model: str = Field("", description="For causal_lm: a model of the catalogue, a folder or a hub id.")
+    model: str = Field(
+        "",
+        description="For causal_lm: a model of the catalogue, a folder or a hub id. For dspark, dflash, mtp: the draft's folder.",
+    )
+    target: str = Field(
+        "",
+        description="For dspark, dflash and mtp: the target, as the verifier has it; the draft shares its vocabulary.",
+    )
     dtype: Literal["bfloat16", "float32"] = Field(
-        "bfloat16", description="For causal_lm: type of its weights."
+        "bfloat16", description="For kinds with weights: their type."
     )
     exact: bool = Field(
         True,
@@ -65,7 +73,7 @@ class DrafterSettings(ServiceSettings):
         description="Threads of the draft model; 0: one on up to 4 cores, else a quarter of them.",
     )
     state_memory_mib: int = Field(
-        1024, ge=1, description="For causal_lm: memory for the sessions' keys and values."
+        1024, ge=1, description="For kinds with weights: memory for the sessions' keys and values."
     )
     ngram_min: int = Field(1, ge=1, le=16, description="For ngram: the shortest match that is looked up.")
     ngram_max: int = Field(4, ge=1, le=16, description="For ngram: the longest match that is looked up.")
@@ -111,6 +119,10 @@ class DrafterSettings(ServiceSettings):
         if self.backoff_min_ms > self.backoff_max_ms:
             raise ValueError(
                 f"backoff_min_ms {self.backoff_min_ms} is above backoff_max_ms {self.backoff_max_ms}"
+            )
+        if self.kind in ("dspark", "dflash", "mtp") and not (self.model and self.target):
+            raise ValueError(
+                f"model, target: the kind {self.kind} needs both: the draft's folder and its target"
             )
         if self.kind == "causal_lm" and not self.model:
             raise ValueError(

@@ -18,7 +18,7 @@ class RowSession:
     """A session at a model.
 
     cache    keys and values of the first positions
-    ids      the ids that stood at those positions
+    ids      the ids that those keys and values were made of
     chooser  of the turn with these rules; stands behind the committed ids of the last call
     """
 
@@ -27,10 +27,13 @@ class RowSession:
     chooser: Chooser | None = None
     rules: TurnRules | None = None
 
-    def begin(self, request: DraftRequest) -> Chooser:
-        """Cuts off what the session no longer has; a chooser behind the committed ids."""
-        common = min(common_prefix(self.ids, request.ids), len(request.ids) - 1)
-        self.cache.truncate(common)
+    def begin(self, request: DraftRequest, lead: int = 0) -> Chooser:
+        """Cuts off what the session no longer has; a chooser behind the committed ids.
+
+        lead: how many ids behind a position its keys and values depend on.
+        """
+        common = common_prefix(self.ids, request.ids)
+        self.cache.truncate(max(min(common, len(request.ids) - 1) - lead, 0))
         del self.ids[common:]
         rules = request.turn
         if self.chooser is None or self.rules is not rules:
@@ -40,9 +43,9 @@ class RowSession:
             self.chooser.extend(request.ids[self.chooser.length :])
         return self.chooser
 
-    def entered(self, ids: Sequence[int]) -> None:
-        """The cache stands behind the ids up to its length now."""
-        self.ids += ids[len(self.ids) : self.cache.length]
+    def entered(self, ids: Sequence[int], lead: int = 0) -> None:
+        """The cache is made of the ids up to its length, and `lead` more, now."""
+        self.ids += ids[len(self.ids) : self.cache.length + lead]
 
 
 class RowSessions:

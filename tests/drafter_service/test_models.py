@@ -24,7 +24,7 @@ from sparkrelay.sampling import Sampling
 from sparkrelay.wire import drafter_frame_pb
 
 RULES = TurnRules("t", Sampling(), 0, frozenset(), 1)
-WEIGHTLESS = sorted(set(KINDS) - {"causal_lm"})
+WEIGHTLESS = sorted(set(KINDS) - {"causal_lm", "dspark", "dflash", "mtp"})
 
 
 def request(ids: Sequence[int], limit: int = 4, key: int = 1) -> DraftRequest:

@@ -57,6 +57,13 @@ class ContextCache:
         """Forgets the positions from `length` on."""
         self.length = min(self.length, length)
 
+    def leave_out(self, length: int) -> None:
+        """Positions between the present `length` and this one have no rows and never will."""
+        if length > self.length:
+            self._reserve(length)
+            self._known[self.length : length] = False
+            self.length = length
+
     def visible(self, end: int, capacity: int) -> Tensor:
         """bool [capacity]: which positions below `end` are known."""
         known = min(end, self.length)
@@ -81,7 +88,7 @@ class ContextCache:
 
 def new_cache(network: DSparkNetwork) -> ContextCache:
     """An empty cache in the network's own type."""
-    return ContextCache(network.config, network.config.num_hidden_layers, network.fc.weight.dtype)
+    return ContextCache(network.config, network.config.num_hidden_layers, network.hidden_norm.weight.dtype)
 
 
 class NewContext(NamedTuple):

@@ -107,6 +107,7 @@ class BlockModel:
         left = READ_ROWS
         whole: set[int] = set()
         new: list[NewContext] = []
+        ends: dict[int, int] = {}
         for request in requests:
             session = sessions.get(request.session_key)
             if session is None or request.rows is None:
@@ -116,6 +117,7 @@ class BlockModel:
             start = session.cache.length
             stop = min(end, start + max(left, 1))
             left -= stop - start
+            ends[request.session_key] = stop
             for span in request.rows.spans(start, stop):
                 rows = torch.from_numpy(span.rows.copy()).view(torch.bfloat16).to(self._dtype)
                 new.append(NewContext(session.cache, rows, span.start))
@@ -124,8 +126,10 @@ class BlockModel:
         for part in _one_a_session(new):
             append_rows(self._network, part)
         for request in requests:
-            if request.session_key in sessions:
-                sessions[request.session_key].entered(request.ids)
+            session = sessions.get(request.session_key)
+            if session is not None:
+                session.cache.leave_out(ends[request.session_key])
+                session.entered(request.ids)
         return whole
 
     def _growing(self, request: DraftRequest, sessions: dict[int, RowSession]) -> Growing:

@@ -90,7 +90,7 @@ def test_what_is_written_does_not_depend_on_company_or_on_a_kill(
     assert again.numbers == set(range(20)) and 4 < len(samples) == again.sample_count
     assert {sample.temperature for sample in samples} == {0.0, 1.2}
     assert {sample.own_prompt for sample in samples} == {True, False}
-    assert any(sample.token_ids[3:5] == (30, 31) for sample in samples)
+    assert sum(sample.token_ids[3:5] == (30, 31) or sample.token_ids[3] == 32 for sample in samples) > 1
     assert sum(len(sample.token_ids) - sample.prompt_len for sample in samples) == again.answer_token_count
 
 
