@@ -22,6 +22,7 @@ class Sample:
     temperature  at which the answer was written
     own_prompt   the target wrote the message as well
     looped       the answer went into a loop, which was cut off
+    seed         of the coupled noise with which a sampled answer was written
     """
 
     token_ids: tuple[int, ...]
@@ -29,6 +30,7 @@ class Sample:
     temperature: float
     own_prompt: bool
     looped: bool
+    seed: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,6 +123,7 @@ def _record(outcome: Outcome) -> dict[str, Any]:
         "temperature": sample.temperature,
         "own_prompt": sample.own_prompt,
         "looped": sample.looped,
+        "seed": sample.seed,
         "token_ids": sample.token_ids,
     }
 
@@ -134,5 +137,6 @@ def _outcome(record: dict[str, Any]) -> Outcome:
         record["temperature"],
         record["own_prompt"],
         record["looped"],
+        record["seed"],
     )
     return Outcome(record["number"], sample, "")

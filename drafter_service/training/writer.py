@@ -197,5 +197,6 @@ class Writer:
         if len(answer) < self._rules.min_answer_tokens:
             return Outcome(assignment.number, None, "loop" if looped else "answer too short")
         ids = (*slot.ids[: slot.part_start], *answer)
-        sample = Sample(ids, slot.prompt_len, assignment.temperature, assignment.prompt is None, looped)
+        own_prompt, seed = assignment.prompt is None, slot.sampling.seed
+        sample = Sample(ids, slot.prompt_len, assignment.temperature, own_prompt, looped, seed)
         return Outcome(assignment.number, sample, "")

@@ -9,6 +9,7 @@ import pytest
 import torch
 from typer.testing import CliRunner, Result
 
+from drafter_service.calibration import load_calibration
 from drafter_service.models.dspark.checkpoint import load_draft, load_mtp, read_config, target_vocabulary
 from drafter_service.training.pipeline import target_fingerprint
 from sparkrelay.cli import build_app
@@ -61,12 +62,21 @@ def test_one_command_trains_goes_on_and_refuses_to_mix_runs(target: Path, tmp_pa
     steps = [json.loads(line)["step"] for line in (run / "log.jsonl").read_text().splitlines()]
     assert steps == [3, 5]
 
+    calibrated = CliRunner().invoke(build_app(), ["calibrate", str(tmp_path), "--target", str(target)])
+    assert calibrated.exit_code == 0, calibrated.output
+    assert "greedy turns" in calibrated.output and "ECE BEFORE" in calibrated.output
+    assert len(load_calibration(run / "draft").greedy) == 3
+
     third = train(tmp_path, target, "--set", "steps=5", "--set", "learning_rate=0.5")
     assert third.exit_code == 1
     assert "learning_rate: is 0.5, but" in third.output and "give the run another name" in third.output
 
     mtp = train(tmp_path, target, "--kind", "mtp", "--run", "mtp", "--set", "steps=2", "--no-keep-states")
     assert mtp.exit_code == 0, mtp.output
+    calibrated = CliRunner().invoke(
+        build_app(), ["calibrate", str(tmp_path), "--target", str(target), "--run", "other"]
+    )
+    assert calibrated.exit_code == 1 and "is no run" in calibrated.output
     load_mtp(tmp_path / "runs" / "mtp" / "draft", torch.float32, target_vocabulary(target))
 
 
