@@ -40,9 +40,10 @@ def observe(network: DSparkNetwork | MtpNetwork, sample: Sample, item: TrainItem
     """The draft at every anchor of the item."""
     if isinstance(network, MtpNetwork):
         return Observed(sample.temperature, _observe_mtp(network, sample, item), None)
+    taps = item.states.taps.to(network.norm.weight.dtype)
     matched, doubts = [], []
     for anchors in torch.split(item.anchors, ANCHORS_AT_ONCE):
-        hidden = packed_hidden(network, [PackedSequence(item.states.taps, item.token_ids, anchors)])
+        hidden = packed_hidden(network, [PackedSequence(taps, item.token_ids, anchors)])
         chosen, doubt = _draft(network, hidden, sample, item.token_ids, anchors)
         matched.append(_matches(chosen, item.token_ids, anchors))
         doubts.append(doubt)
@@ -76,7 +77,7 @@ def _draft(
 
 
 def _observe_mtp(network: MtpNetwork, sample: Sample, item: TrainItem) -> npt.NDArray[np.int64]:
-    sequence = MtpSequence(item.states.final[:-1], item.token_ids[1:-1])
+    sequence = MtpSequence(item.states.final[:-1].to(network.norm.weight.dtype), item.token_ids[1:-1])
     hidden = sequences_hidden(network, [sequence])[item.anchors - 1]
     chosen = _choose(network.base_logits(hidden).float(), sample, item.anchors + 1)
     found: npt.NDArray[np.int64] = _matches(chosen[:, None], item.token_ids, item.anchors).numpy()

@@ -11,6 +11,7 @@ from typer.testing import CliRunner, Result
 
 from drafter_service.calibration import load_calibration
 from drafter_service.models.dspark.checkpoint import load_draft, load_mtp, read_config, target_vocabulary
+from drafter_service.training import calibration_run
 from drafter_service.training.pipeline import target_fingerprint
 from sparkrelay.cli import build_app
 from tests.drafter_service.training.tiny_target import save_target, save_tokenizer
@@ -43,7 +44,10 @@ def train(work: Path, target: Path, *arguments: str) -> Result:
 
 
 @pytest.mark.timeout(300)
-def test_one_command_trains_goes_on_and_refuses_to_mix_runs(target: Path, tmp_path: Path) -> None:
+def test_one_command_trains_goes_on_and_refuses_to_mix_runs(
+    target: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(calibration_run, "FEWEST_ANCHORS", 10)  # so few samples hold out little
     first = train(tmp_path, target, "--set", "steps=3")
     assert first.exit_code == 0, first.output
     run = tmp_path / "runs" / "dspark"

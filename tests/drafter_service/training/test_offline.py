@@ -87,7 +87,7 @@ def drafted_match(
     kept.put(0, rows.contiguous().view(torch.int16).numpy().view(np.uint16))
     sampling = Sampling(temperature=sample.temperature, seed=sample.seed)
     turn = TurnRules("turn", sampling, sample.prompt_len, frozenset(), 1)
-    ids = sample.token_ids[: anchor + 1]
+    ids = list(sample.token_ids[: anchor + 1])
     # A block may reach the turn's output only: before it, the prompt's last token is the output's start.
     turn = turn if len(ids) >= sample.prompt_len else TurnRules("turn", sampling, len(ids), frozenset(), 1)
     (block,) = model.draft([DraftRequest(number, ids, 0, 4, turn, kept)])
