@@ -29,6 +29,7 @@ from sparkrelay.frames import Hello
 from sparkrelay.host.cores import plan_threads, read_cores
 from sparkrelay.interpreter import spare_rounds
 from sparkrelay.protocol import PROTOCOL_MAX, PROTOCOL_MIN
+from sparkrelay.security import InsecureSettings, dialling
 from sparkrelay.server import Lifecycle, run_service
 from sparkrelay.settings import load
 from sparkrelay.telemetry import configure_logging
@@ -48,7 +49,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         os.environ.setdefault(name, value)  # read when torch is imported, which is later
     try:
         return asyncio.run(serve(settings, settings.threads or threads.drafter))
-    except CannotLoad as error:
+    except (CannotLoad, InsecureSettings) as error:
         log.error("cannot start", name=NAME, reason=str(error))
         return 1
 
@@ -172,6 +173,7 @@ def _link(address: str, settings: DrafterSettings, links: Links, loaded: LoadedM
         clock_us=_clock_us,
         times=LinkTimes(welcome_s=settings.welcome_timeout_ms / 1000),
         tamper=loaded.tamper,
+        dialling=dialling(settings),
     )
 
 

@@ -36,6 +36,7 @@ from sparkrelay.frames import (
 )
 from sparkrelay.outcomes import Reason, Refusal
 from sparkrelay.protocol import PING_EVERY_S, SILENCE_LIMIT_S, Keepalive
+from sparkrelay.security import PLAINTEXT, Dialling, explain_handshake
 from sparkrelay.server import CHANNEL_OPTIONS
 from sparkrelay.v1 import verifier_service_pb2 as pb2
 from sparkrelay.v1 import verifier_service_pb2_grpc
@@ -89,6 +90,7 @@ class VerifierLink:
         clock_us: Callable[[], int],
         times: LinkTimes | None = None,
         tamper: Tamper | None = None,
+        dialling: Dialling = PLAINTEXT,
     ) -> None:
         self.status = LinkStatus(address, LinkState.CONNECTING)
         self.link_id = 0
@@ -97,12 +99,18 @@ class VerifierLink:
         self._clock_us = clock_us
         self._times = times if times is not None else LinkTimes()
         self._tamper = tamper
+        self._dialling = dialling
 
     async def run(self) -> None:
         """Dials, talks, and dials again; returns only once the drafter drains."""
         while True:
             conversation = _Conversation(
-                self.status.address, self._links, self._clock_us, self._times, self._tamper
+                self.status.address,
+                self._links,
+                self._clock_us,
+                self._times,
+                self._tamper,
+                self._dialling,
             )
             self.link_id = conversation.link_id
             conversation.on_welcome = self._welcomed
@@ -150,7 +158,13 @@ class _Conversation:
     """One Speculate stream and its FeedContext, from dialling to the end."""
 
     def __init__(
-        self, address: str, links: Links, clock_us: Callable[[], int], times: LinkTimes, tamper: Tamper | None
+        self,
+        address: str,
+        links: Links,
+        clock_us: Callable[[], int],
+        times: LinkTimes,
+        tamper: Tamper | None,
+        dialling: Dialling,
     ) -> None:
         self.on_welcome: Callable[[Welcome], None] = lambda welcome: None
         self.on_drain: Callable[[int], None] = lambda deadline_ms: None
@@ -161,6 +175,7 @@ class _Conversation:
         self._clock_us = clock_us
         self._times = times
         self._tamper = tamper
+        self._dialling = dialling
         self._outbox: asyncio.Queue[DrafterFrame | Refusal | None] = (
             asyncio.Queue()
         )  # None: nothing more will be said
@@ -203,13 +218,15 @@ class _Conversation:
         """Talks until it is over; returns why it is."""
         started_s = time.monotonic()
         link_id = self.link_id
-        channel = grpc.aio.insecure_channel(self._address, options=CHANNEL_OPTIONS)
+        channel = self._dialling.channel(self._address, CHANNEL_OPTIONS)
         try:
             await self._talk(link_id, verifier_service_pb2_grpc.VerifierServiceStub(channel))
         except Refusal as refusal:
             return refusal
         except grpc.aio.AioRpcError as error:
-            return refusal_of(error)
+            why, encrypted = refusal_of(error), self._dialling.certificates is not None
+            why.message = explain_handshake(why.message, encrypted=encrypted) or why.message
+            return why
         finally:
             self._links.post(LinkLost(link_id))
             self._links.remove(link_id)
@@ -220,7 +237,7 @@ class _Conversation:
 
     async def _talk(self, link_id: int, stub: verifier_service_pb2_grpc.VerifierServiceAsyncStub) -> NoReturn:
         """Speculate, from hello to whatever ends it."""
-        call = stub.Speculate()
+        call = stub.Speculate(metadata=self._dialling.metadata)
         alive = self._keepalive()
         self._links.post(LinkOpened(link_id))
         await _until_one_fails(
@@ -239,7 +256,7 @@ class _Conversation:
                 welcome = await self._welcome
         except TimeoutError:
             raise Refusal(Reason.SILENT, f"no welcome within {self._times.welcome_s:g} s") from None
-        feed = stub.FeedContext()
+        feed = stub.FeedContext(metadata=self._dialling.metadata)
         feed_alive = self._keepalive()
         self._feed_outbox.put_nowait(FeedAttach(welcome.stream_id))
         self._feed_outbox.put_nowait(Credit(FEED_CREDIT_BYTES))

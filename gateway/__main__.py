@@ -9,10 +9,12 @@ import sys
 import time
 
 import grpc.aio
+import structlog
 
 from gateway.servicer import AdminServicer, FrontDesk, GatewayServicer, Outside
 from gateway.settings import GatewaySettings
 from sparkrelay.interpreter import spare_rounds
+from sparkrelay.security import InsecureSettings, dialling
 from sparkrelay.server import Lifecycle, run_service
 from sparkrelay.settings import load
 from sparkrelay.telemetry import configure_logging
@@ -20,6 +22,8 @@ from sparkrelay.v1 import admin_service_pb2 as admin_pb
 from sparkrelay.v1 import admin_service_pb2_grpc as admin_grpc
 from sparkrelay.v1 import gateway_service_pb2 as gateway_pb
 from sparkrelay.v1 import gateway_service_pb2_grpc as gateway_grpc
+
+log = structlog.get_logger(__name__)
 
 REFLECTION_NAMES = (
     gateway_pb.DESCRIPTOR.services_by_name["GatewayService"].full_name,
@@ -43,7 +47,11 @@ async def serve(settings: GatewaySettings) -> int:
         now=lambda: datetime.datetime.now().astimezone(),
         random_bytes=os.urandom,
     )
-    desk = FrontDesk(settings, outside, on_ready=lifecycle.set_ready)
+    try:
+        desk = FrontDesk(settings, outside, on_ready=lifecycle.set_ready, dialling=dialling(settings))
+    except InsecureSettings as error:
+        log.error("cannot start", name="gateway", reason=str(error))
+        return 1
     spare_rounds()
 
     def add_services(server: grpc.aio.Server) -> None:

@@ -9,12 +9,6 @@ _PURPOSE = b"sparkrelay prefix salt 1\0"
 _SALT_BYTES = 16
 
 
-def tenant_of(context: object) -> str:
-    """The name of whoever makes this call. Empty, the one tenant there is, until calls carry tokens with names."""
-    del context  # the token's name will be read from it
-    return ""
-
-
 def prefix_salt(secret: str, tenant: str) -> bytes:
     """A tenant's salt: clients never see it and cannot guess it, and gateways with the same secret agree on it.
 

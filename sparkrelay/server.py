@@ -13,7 +13,6 @@ dead, and its own eye on that loop, so that a stuck one does. Its services: "liv
 from __future__ import annotations
 
 import asyncio
-import ipaddress
 import os
 import signal
 import threading
@@ -30,6 +29,7 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
 from sparkrelay.runtime import write_json
+from sparkrelay.security import InsecureSettings, SecuritySettings, is_loopback, server_security
 from sparkrelay.wire import RefuseUnreadable
 
 log = structlog.get_logger(__name__)
@@ -61,7 +61,7 @@ CHANNEL_OPTIONS: tuple[tuple[str, Any], ...] = (
 )
 
 
-class ServerSettings(Protocol):
+class ServerSettings(SecuritySettings, Protocol):
     """What this file needs of a service's settings; every settings class has these fields, with the same meaning."""
 
     @property
@@ -76,6 +76,8 @@ class ServerSettings(Protocol):
     def drain_ms(self) -> int: ...
     @property
     def insecure(self) -> bool: ...
+    @property
+    def tls_cert(self) -> str: ...
 
 
 class CannotStart(Exception):
@@ -184,42 +186,46 @@ async def run_service(
 def _serve_on(
     settings: ServerSettings, add_services: Callable[[grpc.aio.Server], None], reflection_names: Sequence[str]
 ) -> tuple[grpc.aio.Server, str]:
-    host, port = check_address("listen", settings.listen, settings.insecure)
-    server = grpc.aio.server(options=SERVER_OPTIONS, interceptors=SERVER_INTERCEPTORS)
+    try:
+        credentials, checks = server_security(settings)
+    except InsecureSettings as error:
+        raise CannotStart(str(error)) from None
+    host, port = check_address("listen", settings.listen, settings.insecure or credentials is not None)
+    server = grpc.aio.server(options=SERVER_OPTIONS, interceptors=(*checks, *SERVER_INTERCEPTORS))
     add_services(server)
     reflection.enable_server_reflection((*reflection_names, reflection.SERVICE_NAME), server)
-    bound = _bind(server, "listen", host, port)
+    bound = _bind(server, "listen", host, port, credentials)
     return server, f"{host}:{bound}"
 
 
-def check_address(field: str, address: str, insecure: bool) -> tuple[str, int]:
-    """The host and port of an address. CannotStart if it is malformed, or others can reach it while nothing protects it."""
+def check_address(field: str, address: str, allowed: bool) -> tuple[str, int]:
+    """The host and port of an address. CannotStart if it is malformed, or others can reach it and that is not allowed."""
     host, separator, port_text = address.rpartition(":")
     if not separator or not host or not port_text.isdecimal() or int(port_text) > 65535:
         raise CannotStart(
             f"{field}: {address!r} is no address; write host:port, for example 127.0.0.1:0 (0 = any free port)"
         )
-    if not insecure and not _is_loopback(host):
+    if not allowed and not is_loopback(host):
         raise CannotStart(
             f"{field}: {address} can be reached from other machines and the connection is not encrypted; "
-            "listen on 127.0.0.1, or pass --insecure if the network is trusted"
+            "give --tls-cert and --tls-key, listen on 127.0.0.1, or pass --insecure if the network is trusted"
         )
     return host, int(port_text)
 
 
-def _is_loopback(host: str) -> bool:
-    if host == "localhost":
-        return True
-    try:
-        return ipaddress.ip_address(host.strip("[]")).is_loopback
-    except ValueError:
-        return False
-
-
-def _bind(server: grpc.Server | grpc.aio.Server, field: str, host: str, port: int) -> int:
+def _bind(
+    server: grpc.Server | grpc.aio.Server,
+    field: str,
+    host: str,
+    port: int,
+    credentials: grpc.ServerCredentials | None = None,
+) -> int:
     """Opens the port; returns the real one. Must be called where the server lives."""
     try:
-        bound = server.add_insecure_port(f"{host}:{port}")
+        if credentials is None:
+            bound = server.add_insecure_port(f"{host}:{port}")
+        else:
+            bound = server.add_secure_port(f"{host}:{port}", credentials)
     except RuntimeError:
         bound = 0
     if bound:
@@ -332,7 +338,9 @@ class HealthServer:
         health_pb2_grpc.add_HealthServicer_to_server(self._servicer, self._server)
         self.address = ""
         if settings.health_listen:
-            host, port = check_address("health_listen", settings.health_listen, settings.insecure)
+            # Health is plain also beside TLS: it tells no secret, and those who probe have no certificates.
+            allowed = settings.insecure or bool(settings.tls_cert)
+            host, port = check_address("health_listen", settings.health_listen, allowed)
             self.address = f"{host}:{_bind(self._server, 'health_listen', host, port)}"
         self._set(["liveness"], True)
         self.set_ready(False)

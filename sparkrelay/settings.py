@@ -14,7 +14,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
-from pydantic import ValidationError
+from pydantic import Field, ValidationError
 from pydantic_settings import BaseSettings, CliSettingsSource, PydanticBaseSettingsSource, SettingsConfigDict
 
 Settings = TypeVar("Settings", bound=BaseSettings)
@@ -32,6 +32,27 @@ class ServiceSettings(BaseSettings):
     """
 
     model_config = SettingsConfigDict(frozen=True, extra="forbid", protected_namespaces=())
+
+    tls_cert: str = Field(
+        "",
+        description="PEM file with this service's certificate: it then speaks TLS alone. Also shown to services it dials.",
+    )
+    tls_key: str = Field("", description="PEM file with the key of tls_cert.")
+    tls_client_ca: str = Field(
+        "",
+        description="PEM file with the CA that signs callers' certificates: callers without one are refused (mTLS).",
+    )
+    tls_ca: str = Field(
+        "",
+        description="PEM file with the CA that signs the verifiers' certificates: they are then dialled over TLS.",
+    )
+    token_file: str = Field(
+        "",
+        description="File with lines name:token, the bearer tokens that callers may show; empty asks for none.",
+    )
+    verifier_token_file: str = Field(
+        "", description="File with a line name:token, the bearer token to show to verifiers; empty for none."
+    )
 
     @classmethod
     def settings_customise_sources(

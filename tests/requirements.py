@@ -31,6 +31,7 @@ class Need:
 
 NEEDS: dict[str, Need] = {
     "buf": Need("buf", "pip install buf-bin"),
+    "openssl": Need("openssl", "apt-get install openssl"),
 }
 
 # name -> how to get it, for everything that was asked for in this run and not there.

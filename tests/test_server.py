@@ -196,18 +196,18 @@ def test_an_address_others_can_reach_needs_insecure() -> None:
     process = launch("--listen", "0.0.0.0:0")
     assert process.wait(timeout=30) == 1
     assert "--insecure" in finish(process).decode()
-    assert check_address("listen", "0.0.0.0:7", insecure=True) == ("0.0.0.0", 7)
+    assert check_address("listen", "0.0.0.0:7", allowed=True) == ("0.0.0.0", 7)
 
 
 @pytest.mark.parametrize("address", ["127.0.0.1:1", "localhost:0", "[::1]:65535", "127.8.8.8:7"])
 def test_loopback_addresses_need_nothing(address: str) -> None:
-    check_address("listen", address, insecure=False)
+    check_address("listen", address, allowed=False)
 
 
 @pytest.mark.parametrize("address", ["", "7070", ":7070", "127.0.0.1:", "127.0.0.1:x", "127.0.0.1:65536"])
 def test_a_malformed_address_is_refused_by_name(address: str) -> None:
     with pytest.raises(CannotStart, match=r"^listen: .*host:port"):
-        check_address("listen", address, insecure=True)
+        check_address("listen", address, allowed=True)
 
 
 def test_the_port_file_goes_with_the_service(small: Callable[..., Small], tmp_path: Path) -> None:

@@ -21,6 +21,7 @@ from gateway.validation import ModelLimits, check_id, invalid
 from gateway.watchers import RoundBoard
 from gateway.worker_pool import Description, WorkerHooks, WorkerPool, WorkerTimes
 from sparkrelay.outcomes import Reason, Refusal
+from sparkrelay.security import PLAINTEXT, Dialling
 
 log = structlog.get_logger(__name__)
 
@@ -61,6 +62,7 @@ class FrontDesk:
         settings: GatewaySettings,
         outside: Outside,
         on_ready: Callable[[bool], None] = lambda ready: None,
+        dialling: Dialling = PLAINTEXT,
     ) -> None:
         self.settings = settings
         self.outside = outside
@@ -85,7 +87,7 @@ class FrontDesk:
             lost=self.sessions.verifier_lost,
             changed=lambda: self._on_ready(self.pool.ready),
         )
-        self.pool = WorkerPool(settings.verifier_addresses, times, hooks)
+        self.pool = WorkerPool(settings.verifier_addresses, times, hooks, dialling)
 
     def start(self) -> None:
         """Dials the verifiers and begins to sweep idle sessions."""

@@ -14,9 +14,9 @@ from gateway.servicer.desk import FrontDesk
 from gateway.servicer.fork import fork_session
 from gateway.servicer.lingering import LingeringTurns
 from gateway.servicer.turn import TurnRun
-from gateway.tenants import tenant_of
 from gateway.validation import check_id, invalid
 from sparkrelay.outcomes import Reason, Refusal
+from sparkrelay.security import caller_name
 from sparkrelay.telemetry import from_metadata, new_trace_context
 from sparkrelay.v1 import gateway_service_pb2 as gateway_pb
 from sparkrelay.v1 import gateway_service_pb2_grpc as gateway_grpc
@@ -41,7 +41,7 @@ class GatewayServicer(gateway_grpc.GatewayServiceServicer):
                 events = self._lingering.resume(request)
             else:
                 trace = trace or new_trace_context(self._desk.outside.random_bytes)
-                run = TurnRun(self._desk, request, trace, context.time_remaining, tenant_of(context))
+                run = TurnRun(self._desk, request, trace, context.time_remaining, caller_name.get())
                 turn_id = run.turn_id
                 events = self._lingering.start(run, request.linger_ms) if request.linger_ms else run.events()
             async with aclosing(events):

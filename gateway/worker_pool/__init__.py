@@ -10,6 +10,7 @@ from gateway.validation import invalid
 from gateway.worker_pool.call import Event, TurnCommand, VerifierCall
 from gateway.worker_pool.worker import Description, Load, VerifierWorker, WorkerHooks, WorkerTimes
 from sparkrelay.outcomes import Refusal
+from sparkrelay.security import PLAINTEXT, Dialling
 
 __all__ = [
     "Description",
@@ -27,8 +28,16 @@ __all__ = [
 class WorkerPool:
     """One worker for each address. `start` needs a running event loop; `close` ends everything that was started."""
 
-    def __init__(self, addresses: Sequence[str], times: WorkerTimes, hooks: WorkerHooks) -> None:
-        self._workers = {address: VerifierWorker(address, times, hooks) for address in sorted(addresses)}
+    def __init__(
+        self,
+        addresses: Sequence[str],
+        times: WorkerTimes,
+        hooks: WorkerHooks,
+        dialling: Dialling = PLAINTEXT,
+    ) -> None:
+        self._workers = {
+            address: VerifierWorker(address, times, hooks, dialling) for address in sorted(addresses)
+        }
         self._tasks: list[asyncio.Task[None]] = []
 
     @property

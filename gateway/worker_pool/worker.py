@@ -17,6 +17,7 @@ from gateway.placement import DrafterView, WorkerState, WorkerView
 from gateway.worker_pool.call import TurnCommand, VerifierCall, failure_of, lost
 from sparkrelay.outcomes import Refusal
 from sparkrelay.protocol import chain_hash
+from sparkrelay.security import PLAINTEXT, Dialling, explain_handshake
 from sparkrelay.server import CHANNEL_OPTIONS
 from sparkrelay.v1 import verifier_service_pb2 as verifier_pb
 from sparkrelay.v1 import verifier_service_pb2_grpc as verifier_grpc
@@ -64,7 +65,9 @@ class Gone(Exception):
 class VerifierWorker:
     """A verifier at one address. `run` keeps the connection for as long as it is not cancelled."""
 
-    def __init__(self, address: str, times: WorkerTimes, hooks: WorkerHooks) -> None:
+    def __init__(
+        self, address: str, times: WorkerTimes, hooks: WorkerHooks, dialling: Dialling = PLAINTEXT
+    ) -> None:
         self.address = address
         self.state = WorkerState.CONNECTING
         self.message = ""
@@ -81,7 +84,8 @@ class VerifierWorker:
             ("grpc.min_reconnect_backoff_ms", round(times.connect_s * 1000)),
             ("grpc.max_reconnect_backoff_ms", round(times.backoff_max_s * 1000)),
         )
-        self._channel = grpc.aio.insecure_channel(address, options=CHANNEL_OPTIONS + backoff)
+        self._dialling = dialling
+        self._channel = dialling.channel(address, CHANNEL_OPTIONS + backoff)
         self._stub = verifier_grpc.VerifierServiceStub(self._channel)
 
     @property
@@ -143,7 +147,10 @@ class VerifierWorker:
     ) -> AsyncIterator[VerifierCall]:
         """A turn; whatever still runs when the block is left is cancelled."""
         call = VerifierCall(
-            self._stub.Generate(command.to_pb(), metadata=metadata, timeout=timeout_s), self.address
+            self._stub.Generate(
+                command.to_pb(), metadata=metadata + self._dialling.metadata, timeout=timeout_s
+            ),
+            self.address,
         )
         self._calls.add(call)
         try:
@@ -163,7 +170,9 @@ class VerifierWorker:
             token_hash=chain_hash(tokens),
         )
         try:
-            answer = await self._stub.ForkSession(request, timeout=timeout_s)
+            answer = await self._stub.ForkSession(
+                request, timeout=timeout_s, metadata=self._dialling.metadata
+            )
         except grpc.aio.AioRpcError as error:
             raise failure_of(error, self.address) from error
         return int(answer.cached_token_count)
@@ -172,7 +181,9 @@ class VerifierWorker:
         """Frees what the verifier holds of a session; a verifier that cannot be reached has forgotten it or will."""
         request = verifier_pb.VerifierServiceEndSessionRequest(session_id=session_id)
         try:
-            await self._stub.EndSession(request, timeout=END_SESSION_TIMEOUT_S)
+            await self._stub.EndSession(
+                request, timeout=END_SESSION_TIMEOUT_S, metadata=self._dialling.metadata
+            )
         except grpc.aio.AioRpcError as error:
             log.info(
                 "could not end a session",
@@ -192,17 +203,21 @@ class VerifierWorker:
     async def _connect(self) -> None:
         try:
             description = await self._stub.Describe(
-                verifier_pb.VerifierServiceDescribeRequest(), timeout=self._times.connect_s
+                verifier_pb.VerifierServiceDescribeRequest(),
+                timeout=self._times.connect_s,
+                metadata=self._dialling.metadata,
             )
         except grpc.aio.AioRpcError as error:
-            raise Gone(_why(error)) from error
+            raise Gone(self._why(error)) from error
         if not description.model_id or not description.epoch:
             raise Gone("it describes itself without model_id or epoch: is this a verifier?")
         await self._hooks.prepare(description)
         self.description = description
 
     async def _watch_load(self) -> NoReturn:
-        call: Any = self._stub.WatchLoad(verifier_pb.VerifierServiceWatchLoadRequest())
+        call: Any = self._stub.WatchLoad(
+            verifier_pb.VerifierServiceWatchLoadRequest(), metadata=self._dialling.metadata
+        )
         try:
             while True:
                 async with asyncio.timeout(self._times.silence_s):
@@ -213,7 +228,7 @@ class VerifierWorker:
         except TimeoutError as error:
             raise Gone(f"no load report for {self._times.silence_s:g} s", silent=True) from error
         except grpc.aio.AioRpcError as error:
-            raise Gone(_why(error)) from error
+            raise Gone(self._why(error)) from error
         finally:
             call.cancel()
 
@@ -245,6 +260,10 @@ class VerifierWorker:
         log.info("verifier", address=self.address, state=state.name.lower(), reason=message)
         self._hooks.changed()
 
+    def _why(self, error: grpc.aio.AioRpcError) -> str:
+        details = error.details() or error.code().name
+        return explain_handshake(details, encrypted=self._dialling.certificates is not None) or details
+
     def _drafter_view(self, status: verifier_pb.DrafterStatus) -> DrafterView:
         return DrafterView(
             drafter_id=status.drafter_id,
@@ -253,7 +272,3 @@ class VerifierWorker:
             turnaround_us=status.turnaround_us,
             message=status.message,
         )
-
-
-def _why(error: grpc.aio.AioRpcError) -> str:
-    return error.details() or error.code().name

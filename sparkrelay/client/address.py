@@ -1,13 +1,29 @@
-"""Where the gateway is, and how to reach it: argument, then SPARKRELAY_GATEWAY, then what `sparkrelay up` wrote."""
+"""Where the gateway is, and how to reach it: argument, then environment, then what `sparkrelay up` wrote."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
-from sparkrelay.client.errors import Unavailable
-from sparkrelay.outcomes import Reason
+import grpc
+import grpc.aio
 
+from sparkrelay.client.errors import InvalidRequest, SparkRelayError, Unavailable, error_of
+from sparkrelay.outcomes import FieldViolation, Reason
+from sparkrelay.security import (
+    Dialling,
+    InsecureSettings,
+    channel_credentials,
+    first_token,
+    is_loopback,
+    read_certificates,
+)
+
+TOKEN_FILE_VARIABLE = "SPARKRELAY_TOKEN_FILE"
+CA_VARIABLE = "SPARKRELAY_CA_FILE"
+CERT_VARIABLE = "SPARKRELAY_CERT_FILE"
+KEY_VARIABLE = "SPARKRELAY_KEY_FILE"
 GATEWAY_VARIABLE = "SPARKRELAY_GATEWAY"
 
 # A generation may take minutes; a question about state may not.
@@ -45,6 +61,78 @@ def resolve_address(
     )
 
 
-def call_metadata(token: str | None) -> tuple[tuple[str, str], ...]:
-    """What every call carries."""
-    return (("authorization", f"Bearer {token}"),) if token else ()
+@dataclass(frozen=True, slots=True)
+class Access:
+    """What `connect` was told of certificates and tokens; None: what the environment says.
+
+    tls  None: if any certificate was given. True without a CA: the system's CAs count. False: without encryption
+    """
+
+    token: str | None = None
+    tls: bool | None = None
+    ca: str | None = None
+    cert: str | None = None
+    key: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Peer:
+    """The gateway: where it is and how it is reached."""
+
+    address: str
+    dialling: Dialling
+
+    @property
+    def metadata(self) -> tuple[tuple[str, str], ...]:
+        """What every call carries."""
+        return self.dialling.metadata
+
+    def error_of(self, failure: grpc.RpcError) -> SparkRelayError:
+        """The error for a failed call."""
+        return error_of(failure, self.address, encrypted=self.dialling.certificates is not None)
+
+    def blocking_channel(self) -> grpc.Channel:
+        if self.dialling.certificates is None:
+            return grpc.insecure_channel(self.address, options=CHANNEL_OPTIONS)
+        credentials = channel_credentials(self.dialling.certificates)
+        return grpc.secure_channel(self.address, credentials, options=CHANNEL_OPTIONS)
+
+    def aio_channel(self) -> grpc.aio.Channel:
+        return self.dialling.channel(self.address, CHANNEL_OPTIONS)
+
+
+def resolve_peer(address: str, access: Access, environment: Mapping[str, str]) -> Peer:
+    """Raises InvalidRequest for certificates or tokens that cannot be used, and rather than show a token to a whole network."""
+    ca, cert, key = (
+        environment.get(variable, "") if given is None else given
+        for given, variable in (
+            (access.ca, CA_VARIABLE),
+            (access.cert, CERT_VARIABLE),
+            (access.key, KEY_VARIABLE),
+        )
+    )
+    tls = bool(ca or cert) if access.tls is None else access.tls
+    try:
+        certificates = read_certificates(ca, cert, key) if tls else None
+        token = _token(access.token, environment)
+    except InsecureSettings as error:
+        raise _refused("connect", str(error)) from None
+    host = address.rpartition(":")[0] or address
+    if token and certificates is None and access.tls is None and not is_loopback(host):
+        raise _refused(
+            "token",
+            f"would travel unencrypted to {address}; give ca=... or tls=True, or tls=False if the network is trusted",
+        )
+    return Peer(address, Dialling(certificates, token))
+
+
+def _token(token: str | None, environment: Mapping[str, str]) -> str:
+    if token is not None:
+        return token
+    path = environment.get(TOKEN_FILE_VARIABLE, "")
+    return first_token(path, TOKEN_FILE_VARIABLE) if path else ""
+
+
+def _refused(field: str, message: str) -> InvalidRequest:
+    violation = FieldViolation(field, message)
+    return InvalidRequest(f"{field}: {message}", reason=Reason.INVALID_FIELD.name, violations=(violation,))

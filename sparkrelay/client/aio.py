@@ -22,16 +22,16 @@ import grpc.aio
 from sparkrelay.client import results, translate
 from sparkrelay.client.address import (
     CANCEL_TIMEOUT_S,
-    CHANNEL_OPTIONS,
     GENERATE_TIMEOUT_S,
     PARTING_S,
     QUERY_TIMEOUT_S,
-    call_metadata,
+    Access,
+    Peer,
     resolve_address,
+    resolve_peer,
 )
 from sparkrelay.client.aio_stream import AsyncGenerationStream
 from sparkrelay.client.calls import CallGuard
-from sparkrelay.client.errors import error_of
 from sparkrelay.client.requests import (
     GenerateOptions,
     Message,
@@ -48,10 +48,19 @@ from sparkrelay.v1 import gateway_service_pb2_grpc as gateway_grpc
 
 
 def connect(
-    address: str | None = None, *, token: str | None = None, timeout: float = GENERATE_TIMEOUT_S
+    address: str | None = None,
+    *,
+    token: str | None = None,
+    tls: bool | None = None,
+    ca: str | None = None,
+    cert: str | None = None,
+    key: str | None = None,
+    timeout: float = GENERATE_TIMEOUT_S,
 ) -> AsyncClient:
     """As `sparkrelay.connect`, for asyncio; to be called inside a running event loop."""
-    return AsyncClient(resolve_address(address, os.environ, read_runtime()), token=token, timeout=timeout)
+    access = Access(token, tls, ca, cert, key)
+    where = resolve_address(address, os.environ, read_runtime())
+    return AsyncClient(resolve_peer(where, access, os.environ), timeout=timeout)
 
 
 class AsyncSession:
@@ -120,16 +129,15 @@ class AsyncSession:
 class AsyncClient:
     """Calls to one gateway, from one event loop; close it, or use it as an async context manager."""
 
-    def __init__(
-        self, address: str, *, token: str | None, timeout: float, policy: RetryPolicy | None = None
-    ) -> None:
-        self.address = address
+    def __init__(self, peer: Peer, *, timeout: float, policy: RetryPolicy | None = None) -> None:
+        self.peer = peer
+        self.address = peer.address
         self.policy = policy or RetryPolicy(random.random)
         self._timeout = timeout
-        self._metadata = call_metadata(token)
+        self._metadata = peer.metadata
         self._loop = asyncio.get_running_loop()
         self._cancels: set[asyncio.Task[None]] = set()  # CancelTurn calls whose answers are still to come
-        self._channel = grpc.aio.insecure_channel(address, options=CHANNEL_OPTIONS)
+        self._channel = peer.aio_channel()
         self._gateway = gateway_grpc.GatewayServiceStub(self._channel)
         self._admin = admin_grpc.AdminServiceStub(self._channel)
 
@@ -232,7 +240,7 @@ class AsyncClient:
             async for message in call:
                 yield translate.watched_round(message)
         except grpc.RpcError as failure:
-            raise error_of(failure, self.address) from failure
+            raise self.peer.error_of(failure) from failure
         finally:
             guard.release()
 
@@ -290,7 +298,7 @@ class AsyncClient:
             except grpc.RpcError as failure:
                 pause_s = self.policy.repeat_pause_s(failure, attempt, is_read=is_read)
                 if pause_s is None:
-                    raise error_of(failure, self.address) from failure
+                    raise self.peer.error_of(failure) from failure
             else:
                 self.policy.budget.succeeded()
                 return answer

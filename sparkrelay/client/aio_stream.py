@@ -14,6 +14,7 @@ import grpc
 import grpc.aio
 
 from sparkrelay.client import results
+from sparkrelay.client.address import Peer
 from sparkrelay.client.calls import CallGuard, Turn, is_over, new_turn_id
 from sparkrelay.client.errors import Cancelled
 from sparkrelay.client.retries import RetryPolicy
@@ -23,7 +24,7 @@ from sparkrelay.v1 import gateway_service_pb2 as gateway_pb
 class AsyncTurnCalls(Protocol):
     """What a stream needs of its client."""
 
-    address: str
+    peer: Peer
     policy: RetryPolicy
 
     def open_turn(self, request: gateway_pb.GenerateRequest, timeout: float) -> Any:
@@ -58,7 +59,7 @@ class AsyncGenerationStream:
         self._calls = calls
         self._timeout = timeout
         self._deadline = 0.0
-        self._turn = Turn(request, calls.policy, calls.address, new_id=new_turn_id, on_end=on_end)
+        self._turn = Turn(request, calls.policy, calls.peer, new_id=new_turn_id, on_end=on_end)
         self._call: Any = None
         self._guard: CallGuard | None = None
         self._cancelled = asyncio.Event()

@@ -19,16 +19,16 @@ import grpc
 from sparkrelay.client import results, translate
 from sparkrelay.client.address import (
     CANCEL_TIMEOUT_S,
-    CHANNEL_OPTIONS,
     GENERATE_TIMEOUT_S,
     PARTING_S,
     QUERY_TIMEOUT_S,
-    call_metadata,
+    Access,
+    Peer,
     resolve_address,
+    resolve_peer,
 )
 from sparkrelay.client.blocking_stream import GenerationStream
 from sparkrelay.client.calls import CallGuard
-from sparkrelay.client.errors import error_of
 from sparkrelay.client.requests import (
     GenerateOptions,
     Message,
@@ -45,14 +45,28 @@ from sparkrelay.v1 import gateway_service_pb2_grpc as gateway_grpc
 
 
 def connect(
-    address: str | None = None, *, token: str | None = None, timeout: float = GENERATE_TIMEOUT_S
+    address: str | None = None,
+    *,
+    token: str | None = None,
+    tls: bool | None = None,
+    ca: str | None = None,
+    cert: str | None = None,
+    key: str | None = None,
+    timeout: float = GENERATE_TIMEOUT_S,
 ) -> Client:
     """A client of the gateway at `address` (host:port); without it, of SPARKRELAY_GATEWAY or of what `sparkrelay up` started.
 
-    timeout is in seconds and bounds every call; questions about state are bounded by 30 s in any case. Nothing is sent
-    yet. Raises Unavailable if nothing names a gateway.
+    token      the bearer token to show; else the first one of the file that SPARKRELAY_TOKEN_FILE names
+    ca         PEM file with the CA that signed the gateway's certificate (SPARKRELAY_CA_FILE): the connection is over TLS
+    cert, key  PEM files with this client's own certificate, for a gateway that asks for one (SPARKRELAY_CERT_FILE, _KEY_FILE)
+    tls        True: over TLS also without a `ca`, by the system's CAs. False: never
+    timeout    seconds, bounds every call; questions about state are bounded by 30 s in any case
+
+    Nothing is sent yet. Raises Unavailable if nothing names a gateway, InvalidRequest for files that cannot be used.
     """
-    return Client(resolve_address(address, os.environ, read_runtime()), token=token, timeout=timeout)
+    access = Access(token, tls, ca, cert, key)
+    where = resolve_address(address, os.environ, read_runtime())
+    return Client(resolve_peer(where, access, os.environ), timeout=timeout)
 
 
 class Session:
@@ -121,15 +135,14 @@ class Session:
 class Client:
     """Calls to one gateway. Safe to use from several threads; close it, or use it as a context manager."""
 
-    def __init__(
-        self, address: str, *, token: str | None, timeout: float, policy: RetryPolicy | None = None
-    ) -> None:
-        self.address = address
+    def __init__(self, peer: Peer, *, timeout: float, policy: RetryPolicy | None = None) -> None:
+        self.peer = peer
+        self.address = peer.address
         self.policy = policy or RetryPolicy(random.random)
         self._timeout = timeout
-        self._metadata = call_metadata(token)
+        self._metadata = peer.metadata
         self._cancels: set[Any] = set()  # CancelTurn calls whose answers are still to come
-        self._channel = grpc.insecure_channel(address, options=CHANNEL_OPTIONS)
+        self._channel = peer.blocking_channel()
         self._gateway = gateway_grpc.GatewayServiceStub(self._channel)
         self._admin = admin_grpc.AdminServiceStub(self._channel)
 
@@ -231,7 +244,7 @@ class Client:
             for message in call:
                 yield translate.watched_round(message)
         except grpc.RpcError as failure:
-            raise error_of(failure, self.address) from failure
+            raise self.peer.error_of(failure) from failure
         finally:
             guard.release()
 
@@ -282,7 +295,7 @@ class Client:
             except grpc.RpcError as failure:
                 pause_s = self.policy.repeat_pause_s(failure, attempt, is_read=is_read)
                 if pause_s is None:
-                    raise error_of(failure, self.address) from failure
+                    raise self.peer.error_of(failure) from failure
             else:
                 self.policy.budget.succeeded()
                 return answer

@@ -12,6 +12,7 @@ from typing import Any, Protocol, Self
 import grpc
 
 from sparkrelay.client import results
+from sparkrelay.client.address import Peer
 from sparkrelay.client.calls import CallGuard, Turn, is_over, new_turn_id
 from sparkrelay.client.errors import Cancelled
 from sparkrelay.client.retries import RetryPolicy
@@ -21,7 +22,7 @@ from sparkrelay.v1 import gateway_service_pb2 as gateway_pb
 class TurnCalls(Protocol):
     """What a stream needs of its client."""
 
-    address: str
+    peer: Peer
     policy: RetryPolicy
 
     def open_turn(self, request: gateway_pb.GenerateRequest, timeout: float) -> Any:
@@ -56,7 +57,7 @@ class GenerationStream:
         self._calls = calls
         self._deadline = time.monotonic() + timeout
         self._cancelled = threading.Event()
-        self._turn = Turn(request, calls.policy, calls.address, new_id=new_turn_id, on_end=on_end)
+        self._turn = Turn(request, calls.policy, calls.peer, new_id=new_turn_id, on_end=on_end)
         self._call = calls.open_turn(request, timeout)
         after = functools.partial(calls.cancel_soon, self._turn.turn_id) if self._turn.lingers else None
         self._guard = CallGuard(self._call, after)

@@ -11,12 +11,12 @@ from typing import Protocol
 import grpc
 
 from sparkrelay.client import results, translate
+from sparkrelay.client.address import Peer
 from sparkrelay.client.errors import (
     InternalError,
     NotFound,
     SparkRelayError,
     Unavailable,
-    error_of,
     status_of,
     was_cut,
     was_never_sent,
@@ -142,7 +142,7 @@ class Turn:
         self,
         request: gateway_pb.GenerateRequest,
         policy: RetryPolicy,
-        address: str,
+        peer: Peer,
         *,
         new_id: Callable[[], str],
         on_end: Callable[[results.Generation], None] | None = None,
@@ -157,7 +157,7 @@ class Turn:
             request.turn_id or request.resume.turn_id
         )  # of a turn that does not linger: known once it started
         self._policy = policy
-        self._address = address
+        self._peer = peer
         self._on_end = on_end
         self._was_sent = False
         self._attempt = 0
@@ -202,11 +202,11 @@ class Turn:
 
     def error_of(self, failure: grpc.RpcError) -> SparkRelayError:
         """The error of the turn: what broke its stream, and what came of the attempts to resume it."""
-        error, broken = error_of(failure, self._address), self._broken
+        error, broken = self._peer.error_of(failure), self._broken
         if broken is not None and broken is not failure and isinstance(error, Unavailable | NotFound):
             error = Unavailable(
                 "The connection to the gateway was lost during the turn "
-                f"({error_of(broken, self._address).message}), and the turn could not be resumed: {error.message}",
+                f"({self._peer.error_of(broken).message}), and the turn could not be resumed: {error.message}",
                 reason=Reason.RESUME_LOST.name,
             )
         started = self.transcript.started

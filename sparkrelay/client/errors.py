@@ -24,6 +24,7 @@ import grpc
 
 from sparkrelay.errors import refusal_of
 from sparkrelay.outcomes import FieldViolation, Reason, Refusal
+from sparkrelay.security import explain_handshake
 
 
 class SparkRelayError(Exception):
@@ -146,14 +147,19 @@ def class_of(reason: Reason, status: grpc.StatusCode) -> type[SparkRelayError]:
     return _CLASS_OF.get(reason) or _CLASS_OF_STATUS.get(status, InternalError)
 
 
-def error_of(failure: grpc.RpcError, address: str) -> SparkRelayError:
-    """The error for a failed call to the gateway at `address`."""
+def error_of(failure: grpc.RpcError, address: str, *, encrypted: bool = False) -> SparkRelayError:
+    """The error for a failed call to the gateway at `address`; encrypted: it was dialled over TLS."""
     refusal = refusal_of(failure)
-    kind = class_of(refusal.reason, status_of(failure))
-    message = refusal.message
     if was_never_sent(failure):
+        handshake = explain_handshake(refusal.message, encrypted=encrypted)
+        if handshake:
+            message = f"The gateway at {address} cannot be used so: {handshake}."
+            if encrypted:
+                return Unauthenticated(message, reason=Reason.UNAUTHENTICATED.name)
+            return _filled(Unavailable, refusal, message)
         message = f"No gateway answers at {address}. Start one with `sparkrelay up`, or name another address."
-    return _filled(kind, refusal, message)
+        return _filled(Unavailable, refusal, message)
+    return _filled(class_of(refusal.reason, status_of(failure)), refusal, refusal.message)
 
 
 def _filled(kind: type[SparkRelayError], refusal: Refusal, message: str) -> SparkRelayError:

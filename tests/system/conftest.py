@@ -89,9 +89,12 @@ def own_stack(tmp_path: Path) -> Iterator[StartStack]:
 
 
 @contextmanager
-def drafter_beside(stack: Stack, kind: str, folder: Path) -> Iterator[Child]:
+def drafter_beside(
+    stack: Stack, kind: str, folder: Path, more_flags: tuple[str, ...] = ()
+) -> Iterator[Child]:
     """One drafter of a kind beside a running stack, connected; gone, and known to be gone, afterwards."""
-    options = StackOptions(stack.plan.model, kind, log_level="debug", drain_ms=500, flags=patient(0))
+    flags = {"drafter": (*patient(0)["drafter"], *more_flags)}
+    options = StackOptions(stack.plan.model, kind, log_level="debug", drain_ms=500, flags=flags)
     plan = plan_drafter(options, 1, stack.verifier, core_count(), any_free_port)
     child = Child(plan, folder / f"{kind}.log")
     try:
