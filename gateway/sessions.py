@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from gateway.paging import page_of
-from sparkrelay.outcomes import Reason, Refusal
+from sparkrelay.outcomes import Reason, Refusal, field_refusal
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,8 +97,10 @@ class Session:
 class SessionTable:
     """All sessions of this gateway, at most `limit`; the one used longest ago goes first."""
 
-    def __init__(self, limit: int, idle_limit_us: int) -> None:
+    def __init__(self, limit: int, idle_limit_us: int, retry_after_ms: int = 0) -> None:
+        """retry_after_ms: what a caller is told for whom there is no room."""
         self._limit = limit
+        self._retry_after_ms = retry_after_ms
         self._idle_limit_us = idle_limit_us
         self._by_id: OrderedDict[str, Session] = OrderedDict()  # least recently used first
         self._next_sequence = 0
@@ -138,10 +140,11 @@ class SessionTable:
         """Raises Refusal."""
         session = self._by_id.get(session_id)
         if session is None:
-            raise Refusal(
-                Reason.SESSION_NOT_FOUND,
-                f"No session {session_id!r} is open here: it never was, was ended, or was idle for too long. "
+            raise field_refusal(
+                "session_id",
+                f"no session {session_id!r} is open here: it never was, was ended, or was idle for too long. "
                 "Open one with CreateSession and send the whole conversation.",
+                Reason.SESSION_NOT_FOUND,
             )
         return session
 
@@ -149,10 +152,11 @@ class SessionTable:
         """Marks the session busy. Raises Refusal if it is, or is unknown."""
         session = self.get(session_id)
         if session.busy:
-            raise Refusal(
-                Reason.SESSION_BUSY,
-                f"Session {session_id!r} has turn {session.turn_id} under way; one at a time. "
+            raise field_refusal(
+                "session_id",
+                f"session {session_id!r} has turn {session.turn_id} under way; one at a time. "
                 "Wait for it, cancel it, or use another session.",
+                Reason.SESSION_BUSY,
             )
         session.turn_id = turn_id
         session.turn_count += 1
@@ -206,4 +210,5 @@ class SessionTable:
         raise Refusal(
             Reason.OVERLOADED,
             f"All {self._limit} sessions of this gateway have turns under way. Try again when one has ended.",
+            retry_after_ms=self._retry_after_ms,
         )

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 from gateway.paging import page_of
 from gateway.turn_output import RoundCounts, TurnSummary
-from sparkrelay.outcomes import Reason, Refusal
+from sparkrelay.outcomes import Reason, field_refusal
 
 
 @dataclass(slots=True)
@@ -64,9 +64,10 @@ class RecentTurns:
         """Raises Refusal."""
         record = self._by_id.get(turn_id)
         if record is None:
-            raise Refusal(
+            raise field_refusal(
+                "turn_id",
+                f"no turn {turn_id!r} is known here: the gateway remembers the last {self._limit}. See ListTurns.",
                 Reason.TURN_NOT_FOUND,
-                f"No turn {turn_id!r} is known here: the gateway remembers the last {self._limit}. See ListTurns.",
             )
         return record
 

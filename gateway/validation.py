@@ -13,7 +13,7 @@ from gateway.texts import ModelText
 from gateway.tokenizer import Tokenizer
 from sparkrelay.outcomes import FieldViolation, Reason, Refusal
 from sparkrelay.response_format import ResponseFormat
-from sparkrelay.sampling import MAX_LOGIT_BIASES, MAX_STOP_IDS, InvalidField, Sampling
+from sparkrelay.sampling import MAX_LOGIT_BIASES, MAX_STOP_IDS, PROTO_NAMES, InvalidField, Sampling
 
 MAX_MESSAGES = 2048
 MAX_ROLE_CHARS = 64
@@ -22,9 +22,6 @@ MAX_STOP_STRING_CHARS = 256
 MAX_LOGPROBS = 20
 MAX_DEPTH = 15
 MAX_ID_CHARS = 128
-
-# Sampling's own field names -> the proto's.
-_PROTO_NAMES = {"min_tokens": "min_token_count"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,7 +127,7 @@ def parse_turn(raw: RawTurn, limits: ModelLimits, text: ModelText, draw_seed: in
 def check_id(name: str, value: str) -> str:
     """An id of ours in a request: 1 to 128 printable characters."""
     if not 1 <= len(value) <= MAX_ID_CHARS or not value.isprintable():
-        raise invalid(name, f"must have 1 to {MAX_ID_CHARS} printable characters")
+        raise invalid(name, f"is not an id of ours; send 1 to {MAX_ID_CHARS} printable characters")
     return value
 
 
@@ -159,7 +156,7 @@ def _sampling(raw: RawTurn, vocab_size: int, draw_seed: int) -> Sampling:
     try:
         sampling.check(vocab_size)
     except InvalidField as error:
-        raise invalid(f"sampling.{_PROTO_NAMES.get(error.field, error.field)}", error.message) from error
+        raise invalid(f"sampling.{PROTO_NAMES.get(error.field, error.field)}", error.message) from error
     return sampling
 
 
@@ -173,7 +170,10 @@ def _check_stop(raw: RawTurn, vocab_size: int, text: ModelText) -> None:
         )
     for string in raw.stop_strings:
         if not 1 <= len(string) <= MAX_STOP_STRING_CHARS:
-            raise invalid("stop.stop_strings", f"must have 1 to {MAX_STOP_STRING_CHARS} characters each")
+            raise invalid(
+                "stop.stop_strings",
+                f"has one of {len(string)} characters; send 1 to {MAX_STOP_STRING_CHARS} characters each",
+            )
     if raw.stop_strings and text.tokenizer is None:
         raise invalid("stop.stop_strings", f"cannot be found: {text.reason}; send stop_token_ids")
 
@@ -216,7 +216,7 @@ def _chat_ids(messages: Sequence[Message], limits: ModelLimits, text: ModelText)
         if not 1 <= len(role) <= MAX_ROLE_CHARS or not role.replace("_", "a").isalnum():
             raise invalid(
                 f"chat.messages[{index}].role",
-                f"must be 1 to {MAX_ROLE_CHARS} letters, digits or underscores",
+                f"is {role[:MAX_ROLE_CHARS]!r}; send 1 to {MAX_ROLE_CHARS} letters, digits or underscores",
             )
     _check_chars(
         "chat.messages", sum(len(message.content) for message in messages), limits.prompt_limit_chars
@@ -265,4 +265,4 @@ def _check_ids(name: str, ids: Sequence[int], vocab_size: int) -> None:
     # min and max run in C: the common, good case costs no Python a token.
     if ids and (min(ids) < 0 or max(ids) >= vocab_size):
         bad = next(token_id for token_id in ids if not 0 <= token_id < vocab_size)
-        raise invalid(name, f"names token {bad}; the vocabulary has ids 0 to {vocab_size - 1}")
+        raise invalid(name, f"names token {bad}; send ids of the vocabulary, 0 to {vocab_size - 1}")

@@ -96,3 +96,11 @@ class Refusal(Exception):
         self.retry_after_ms = retry_after_ms
         self.turn_id = turn_id
         self.trace_id = trace_id
+
+
+def field_refusal(
+    field: str, message: str, reason: Reason = Reason.INVALID_FIELD, *, retry_after_ms: int = 0
+) -> Refusal:
+    """A refusal for one field. `message` goes on after the field's name: what is wrong, the limit, the next step."""
+    violations = (FieldViolation(field, message),)
+    return Refusal(reason, f"{field}: {message}", violations=violations, retry_after_ms=retry_after_ms)

@@ -17,6 +17,10 @@ MIN_REPETITION_PENALTY = 1 / 128  # a power of two is the same number as a float
 MAX_REPETITION_PENALTY = 100.0
 
 
+# Sampling's own field names -> the proto's.
+PROTO_NAMES = {"min_tokens": "min_token_count"}
+
+
 class InvalidField(ValueError):
     """A value that cannot be served: which field, and what to send instead."""
 
@@ -88,7 +92,7 @@ class Sampling:
         for token_id, bias in self.logit_bias:
             if not 0 <= token_id < vocab_size:
                 raise InvalidField(
-                    "logit_bias", f"names token {token_id}; the vocabulary has ids 0 to {vocab_size - 1}"
+                    "logit_bias", f"names token {token_id}; send ids of the vocabulary, 0 to {vocab_size - 1}"
                 )
             if not -1000.0 <= bias <= 1000.0:
                 raise InvalidField(

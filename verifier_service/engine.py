@@ -258,7 +258,7 @@ class Engine:
 
     def _refusal_of(self, command: StartTurn, sequence: Sequence | None) -> TurnRefused | None:
         if command.turn_id in self._turns:
-            message = "this turn is under way already"
+            message = "is under way already; wait for its end, or use another id"
             return TurnRefused(command.turn_id, Reason.SESSION_BUSY, message, "turn_id")
         refusal = turns.refusal_of(command, sequence, self._limits)
         if refusal is not None:

@@ -67,11 +67,11 @@ def _refusal_of_lengths(command: StartTurn, limits: Limits) -> TurnRefused | Non
     elif not 0 <= command.output_start <= length:
         field, message = "output_start", f"is {command.output_start}; send an index from 0 to {length}"
     elif command.max_tokens <= produced:
-        field = "max_token_count"
-        message = f"is {command.max_tokens}; it must exceed the {produced} tokens that the turn has produced already"
+        field = "stop.max_token_count"
+        message = f"is {command.max_tokens}; send more than the {produced} tokens that the turn has produced already"
     elif length >= limits.context_limit:
         reason, field = Reason.CONTEXT_EXCEEDED, "append_token_ids"
-        message = f"the session would have {length} tokens; at most {limits.context_limit - 1} leave room for an answer"
+        message = f"gives a session of {length} tokens; send at most {limits.context_limit - 1}, which leave room for an answer"
     elif length >= limits.capacity_tokens:
         reason, field = Reason.OUT_OF_MEMORY, "append_token_ids"
         message = (

@@ -66,7 +66,9 @@ class FrontDesk:
     ) -> None:
         self.settings = settings
         self.outside = outside
-        self.sessions = SessionTable(settings.max_sessions, settings.session_idle_limit_ms * 1000)
+        self.sessions = SessionTable(
+            settings.max_sessions, settings.session_idle_limit_ms * 1000, settings.overload_retry_ms
+        )
         self.turns = RecentTurns(settings.recent_turns, settings.turn_rounds)
         self.board = RoundBoard(settings.watcher_rounds)
         self.journal = Journal(settings.resume_limit_mib * 1024 * 1024, settings.resume_keep_ms * 1000)
@@ -170,13 +172,11 @@ class FrontDesk:
                 Reason.NO_VERIFIER, f"No verifier is reachable ({states}). Start one, or try again."
             )
         if asked:
-            raise Refusal(
-                Reason.MODEL_NOT_FOUND, f"No model {asked!r} is served here; there is {', '.join(names)}."
-            )
+            message = f"no model {asked!r} is served here; ask for {', '.join(names)}"
+            raise invalid("model", message, Reason.MODEL_NOT_FOUND)
         if len(names) > 1:
-            raise Refusal(
-                Reason.MODEL_NOT_FOUND, f"Several models are served; ask for one of {', '.join(names)}."
-            )
+            message = f"is empty and several models are served; ask for one of {', '.join(names)}"
+            raise invalid("model", message, Reason.MODEL_NOT_FOUND)
         return names[0]
 
     def limits_of(self, model: str) -> ModelLimits:

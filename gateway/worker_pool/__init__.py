@@ -58,7 +58,8 @@ class WorkerPool:
     def worker(self, address: str) -> VerifierWorker:
         """Raises Refusal if there is none of this address."""
         if address not in self._workers:
-            raise invalid("address", f"is {address!r}; the workers are {', '.join(self._workers)}")
+            known = ", ".join(self._workers)
+            raise invalid("address", f"is {address!r}; send one of ListWorkers: the workers are {known}")
         return self._workers[address]
 
     def descriptions(self) -> dict[str, list[Description]]:

@@ -13,7 +13,7 @@ from gateway.sessions import TurnPlan
 from gateway.validation import ValidTurn
 from sparkrelay import wire
 from sparkrelay.errors import refusal_of
-from sparkrelay.outcomes import Reason, Refusal
+from sparkrelay.outcomes import FieldViolation, Reason, Refusal
 from sparkrelay.protocol import chain_hash
 from sparkrelay.v1 import generation_pb2 as generation_pb
 from sparkrelay.v1 import verifier_service_pb2 as verifier_pb
@@ -106,6 +106,15 @@ def failure_of(error: grpc.RpcError, address: str) -> Refusal:
     )
     if gone and refusal.reason in (Reason.UNSPECIFIED, Reason.CANCELLED):
         return lost(address, refusal.message)
+    return _in_the_callers_words(refusal)
+
+
+def _in_the_callers_words(refusal: Refusal) -> Refusal:
+    """A verifier names its own request's fields; the caller sent another request."""
+    name = "append_token_ids"
+    if refusal.violations and refusal.violations[0].field == name:
+        refusal.violations = (FieldViolation("input", refusal.violations[0].message),)
+        refusal.message = f"input{refusal.message.removeprefix(name)}"
     return refusal
 
 

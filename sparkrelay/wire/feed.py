@@ -20,7 +20,7 @@ def feed_request(pb: pb2.FeedContextRequest) -> FeedRequestFrame:
             return Ping(pb.ping.sequence)
         case "pong":
             return Pong(pb.pong.sequence)
-    raise invalid("frame", "is not set, or not known to this version")
+    raise invalid("frame", "is not set, or not known to this version; send a known one, or update this side")
 
 
 def feed_request_pb(frame: FeedRequestFrame) -> pb2.FeedContextRequest:
@@ -44,7 +44,7 @@ def feed_response(pb: pb2.FeedContextResponse) -> FeedResponseFrame:
             return Ping(pb.ping.sequence)
         case "pong":
             return Pong(pb.pong.sequence)
-    raise invalid("frame", "is not set, or not known to this version")
+    raise invalid("frame", "is not set, or not known to this version; send a known one, or update this side")
 
 
 def feed_response_pb(frame: FeedResponseFrame) -> pb2.FeedContextResponse:

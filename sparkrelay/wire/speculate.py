@@ -55,7 +55,9 @@ def drafter_frame(pb: pb2.SpeculateRequest) -> DrafterFrame:
     """The frame in a message of the drafter."""
     kind = pb.WhichOneof("frame")
     if kind is None:
-        raise invalid("frame", "is not set, or not known to this version")
+        raise invalid(
+            "frame", "is not set, or not known to this version; send a known one, or update this side"
+        )
     return _DRAFTER_READERS[kind](getattr(pb, kind))
 
 
@@ -172,7 +174,9 @@ def verifier_frame(pb: pb2.SpeculateResponse) -> VerifierFrame:
     """The frame in a message of the verifier."""
     kind = pb.WhichOneof("frame")
     if kind is None:
-        raise invalid("frame", "is not set, or not known to this version")
+        raise invalid(
+            "frame", "is not set, or not known to this version; send a known one, or update this side"
+        )
     return _VERIFIER_READERS[kind](getattr(pb, kind))
 
 

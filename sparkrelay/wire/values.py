@@ -6,7 +6,7 @@ import math
 from typing import TYPE_CHECKING, Any
 
 from sparkrelay.frames import ContextKind, Fingerprint
-from sparkrelay.outcomes import FieldViolation, FinishReason, Reason, Refusal
+from sparkrelay.outcomes import FinishReason, Reason, Refusal, field_refusal
 from sparkrelay.response_format import FormatKind, ResponseFormat
 from sparkrelay.sampling import MAX_LOGIT_BIASES, InvalidField, Sampling
 from sparkrelay.v1 import generation_pb2, tensor_pb2, verifier_service_pb2
@@ -40,13 +40,12 @@ _NUMPY_NAMES = {data_type: name for name, data_type in _DATA_TYPES.items()}
 
 def invalid(field: str, message: str) -> Refusal:
     """The refusal of a field that cannot be read."""
-    return Refusal(Reason.INVALID_FIELD, f"{field}: {message}", violations=(FieldViolation(field, message),))
+    return field_refusal(field, message)
 
 
 def too_large(field: str, size: int, limit: int) -> Refusal:
     """The refusal of a field with more than it may have."""
-    message = f"has {size}; at most {limit} are taken"
-    return Refusal(Reason.TOO_LARGE, f"{field}: {message}", violations=(FieldViolation(field, message),))
+    return field_refusal(field, f"has {size}; send at most {limit}", Reason.TOO_LARGE)
 
 
 def within(field: str, value: Any, limit: int) -> Any:
@@ -109,7 +108,7 @@ def tensor_pb(array: npt.NDArray[Any]) -> tensor_pb2.Tensor:
 
 def sampling(pb: generation_pb2.Sampling) -> Sampling:
     """The plain value. Ranges are the business of `Sampling.check`, which knows the vocabulary."""
-    within("logit_bias", pb.logit_bias, MAX_LOGIT_BIASES)
+    within("sampling.logit_bias", pb.logit_bias, MAX_LOGIT_BIASES)
     return Sampling(
         temperature=pb.temperature,
         top_k=pb.top_k,

@@ -184,7 +184,9 @@ class VerifierServicer(verifier_service_pb2_grpc.VerifierServiceServicer):
         try:
             command = fork_command(request)
             if self._draining:
-                raise Refusal(Reason.DRAINING, "this verifier is draining and opens no new sessions")
+                raise Refusal(
+                    Reason.DRAINING, "this verifier is draining and opens no new sessions; use another one"
+                )
             forked = await self._hub.forks.ask(command)
         except Refusal as refusal:
             trace = from_metadata(context.invocation_metadata())

@@ -344,7 +344,12 @@ class DrafterLink:
 
     def _bound(self, outbox: Sized) -> None:
         if len(outbox) > self._settings.outbox_limit:
-            self.close(Refusal(Reason.SLOW, f"{self._settings.outbox_limit} frames wait to be read"))
+            self.close(
+                Refusal(
+                    Reason.SLOW,
+                    f"{self._settings.outbox_limit} frames wait to be read, the limit; dial again",
+                )
+            )
 
     # ---- the life of the streams ----------------------------------------------------------------------------------------------
 
@@ -357,7 +362,12 @@ class DrafterLink:
             self._keepalive.heard(now_s)
             self._feed_keepalive.heard(now_s)
         if self._keepalive.silent(now_s) or (self.feed_attached and self._feed_keepalive.silent(now_s)):
-            self.close(Refusal(Reason.SILENT, f"nothing was heard for {self._settings.silence_limit_s:g} s"))
+            self.close(
+                Refusal(
+                    Reason.SILENT,
+                    f"nothing was heard for {self._settings.silence_limit_s:g} s, the limit; dial again",
+                )
+            )
             return
         if self._drafter is not None and (ping := self._keepalive.tick(now_s)) is not None:
             self.say(ping)

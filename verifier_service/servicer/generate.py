@@ -58,7 +58,9 @@ async def generate(
         if turn.response_format is not None:
             command = replace(command, grammar=await formats.grammar(turn.response_format))
         if draining():
-            raise Refusal(Reason.DRAINING, "this verifier is draining and takes no new turns")
+            raise Refusal(
+                Reason.DRAINING, "this verifier is draining and takes no new turns; use another one"
+            )
         hub.open_turn(command, turn.drafter_ids, output)
         try:
             while True:

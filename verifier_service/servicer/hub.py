@@ -13,7 +13,7 @@ from typing import Any
 import structlog
 
 from sparkrelay.frames import Context, Invite, Joined, Rewound, TurnEnded, TurnStarted
-from sparkrelay.outcomes import Reason, Refusal
+from sparkrelay.outcomes import Reason, Refusal, field_refusal
 from sparkrelay.protocol import Greeted, InviteDeclined, JoinAsked, RefuseJoin
 from verifier_service.drafters import CloseLink, Drafter, Drafters, Effect, SendInvite
 from verifier_service.events import (
@@ -196,7 +196,8 @@ class Hub:
     def open_turn(self, command: StartTurn, drafter_ids: tuple[str, ...], output: TurnOutput) -> None:
         """Starts a turn and invites a drafter for it. Raises Refusal(SESSION_BUSY) if the turn runs already."""
         if command.turn_id in self.turns:
-            raise Refusal(Reason.SESSION_BUSY, f"turn {command.turn_id} is under way already")
+            message = f"{command.turn_id} is under way already; wait for its end, or use another id"
+            raise field_refusal("turn_id", message, Reason.SESSION_BUSY)
         self.turns[command.turn_id] = output
         self.idle.clear()
         invited, effects = self.drafters.want(command.session_id, command.turn_id, drafter_ids)

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from sparkrelay.outcomes import FieldViolation, Reason, Refusal
+from sparkrelay.outcomes import Reason, Refusal, field_refusal
 from sparkrelay.response_format import ResponseFormat
-from sparkrelay.sampling import MAX_STOP_IDS, InvalidField
+from sparkrelay.sampling import MAX_STOP_IDS, PROTO_NAMES, InvalidField
 from sparkrelay.v1 import generation_pb2
 from sparkrelay.v1 import verifier_service_pb2 as pb2
 from sparkrelay.wire import response_format, sampling
@@ -44,7 +44,7 @@ def turn_request(
     _check_stop(request.stop, info)
     if request.noise_version not in (0, NOISE_VERSION):
         raise invalid(
-            "noise_version", f"is {request.noise_version}; this verifier has version {NOISE_VERSION}"
+            "noise_version", f"is {request.noise_version}; send {NOISE_VERSION}, or 0 for the newest"
         )
     if len(request.drafter_ids) > DRAFTER_LIMIT:
         raise invalid("drafter_ids", f"has {len(request.drafter_ids)} names; send at most {DRAFTER_LIMIT}")
@@ -61,9 +61,11 @@ def turn_request(
     try:
         chosen.check(info.vocab_size)
     except InvalidField as error:
-        raise invalid(f"sampling.{error.field}", error.message) from None
+        raise invalid(f"sampling.{PROTO_NAMES.get(error.field, error.field)}", error.message) from None
     if not chosen.greedy and not request.sampling.HasField("seed"):
-        raise invalid("sampling.seed", "is absent; with a temperature above 0 the caller draws it")
+        raise invalid(
+            "sampling.seed", "is absent; with a temperature above 0 the caller draws it: send 64 random bits"
+        )
     stop_ids = set(request.stop.stop_token_ids)
     if not request.stop.ignore_default_stop_ids:
         stop_ids |= set(info.default_stop_ids)
@@ -94,7 +96,7 @@ def check_session_id(session_id: str) -> None:
 def check_prefix_hash(field: str, value: bytes) -> None:
     """Raises Refusal(INVALID_FIELD) for more bytes than a chain hash can have."""
     if len(value) > HASH_LIMIT:
-        raise invalid(field, f"has {len(value)} bytes; it is a chain hash of 16")
+        raise invalid(field, f"has {len(value)} bytes; send a chain hash of 16")
 
 
 def check_id(field: str, value: str) -> None:
@@ -111,14 +113,12 @@ def _check_tokens(request: pb2.VerifierServiceGenerateRequest, info: ModelInfo) 
     if length == 0:
         raise invalid("append_token_ids", "is empty and nothing is kept; send at least one token")
     if length >= info.context_limit:
-        message = f"the session would have {length} tokens; at most {info.context_limit - 1} leave room for an answer"
-        raise Refusal(
-            Reason.CONTEXT_EXCEEDED, message, violations=(FieldViolation("append_token_ids", message),)
-        )
+        message = f"gives a session of {length} tokens; send at most {info.context_limit - 1}, which leave room for an answer"
+        raise field_refusal("append_token_ids", message, Reason.CONTEXT_EXCEEDED)
     if ids and not 0 <= min(ids) <= max(ids) < info.vocab_size:
         found = next(token for token in ids if not 0 <= token < info.vocab_size)
         raise invalid(
-            "append_token_ids", f"has id {found}; the vocabulary has ids 0 to {info.vocab_size - 1}"
+            "append_token_ids", f"has id {found}; send ids of the vocabulary, 0 to {info.vocab_size - 1}"
         )
     if not 0 <= request.output_start <= length:
         raise invalid("output_start", f"is {request.output_start}; send an index from 0 to {length}")
@@ -133,12 +133,12 @@ def _check_stop(stop: generation_pb2.StopConditions, info: ModelInfo) -> None:
         )
     if any(not 0 <= token < info.vocab_size for token in stop.stop_token_ids):
         raise invalid(
-            "stop.stop_token_ids", f"has an id outside of the vocabulary, 0 to {info.vocab_size - 1}"
+            "stop.stop_token_ids", f"has an id outside of the vocabulary; send ids 0 to {info.vocab_size - 1}"
         )
     if stop.stop_strings:
         raise invalid(
             "stop.stop_strings",
-            "is not served by a verifier, which knows no text; the gateway looks for them",
+            "is not served by a verifier, which knows no text: the gateway looks for them; send stop_token_ids",
         )
 
 
@@ -161,10 +161,10 @@ def _speculation(pb: generation_pb2.Speculation) -> SpeculationRequest:
             raise invalid("speculation.fixed_depth", f"is {pb.fixed_depth}; send 0 to {MAX_DEPTH}")
         return SpeculationRequest(fixed_depth=pb.fixed_depth)
     if pb.mode not in (generation_pb2.Speculation.MODE_UNSPECIFIED, generation_pb2.Speculation.MODE_AUTO):
-        raise invalid("speculation.mode", f"is {pb.mode}, which this version does not know")
+        raise invalid("speculation.mode", f"is {pb.mode}; send MODE_AUTO, MODE_OFF or MODE_FIXED")
     return SpeculationRequest()
 
 
 def invalid(field: str, message: str) -> Refusal:
     """A field that cannot be served, and why."""
-    return Refusal(Reason.INVALID_FIELD, f"{field}: {message}", violations=(FieldViolation(field, message),))
+    return field_refusal(field, message)
