@@ -344,12 +344,7 @@ class DrafterLink:
 
     def _bound(self, outbox: Sized) -> None:
         if len(outbox) > self._settings.outbox_limit:
-            self.close(
-                Refusal(
-                    Reason.SLOW,
-                    f"{self._settings.outbox_limit} frames wait to be read, the limit; dial again",
-                )
-            )
+            self.close(Refusal(Reason.SLOW, f"{len(outbox) - 1} frames wait, the limit; dial again"))
 
     # ---- the life of the streams ----------------------------------------------------------------------------------------------
 
@@ -362,12 +357,7 @@ class DrafterLink:
             self._keepalive.heard(now_s)
             self._feed_keepalive.heard(now_s)
         if self._keepalive.silent(now_s) or (self.feed_attached and self._feed_keepalive.silent(now_s)):
-            self.close(
-                Refusal(
-                    Reason.SILENT,
-                    f"nothing was heard for {self._settings.silence_limit_s:g} s, the limit; dial again",
-                )
-            )
+            self.close(Refusal(Reason.SILENT, f"silent for {self._settings.silence_limit_s:g} s; dial again"))
             return
         if self._drafter is not None and (ping := self._keepalive.tick(now_s)) is not None:
             self.say(ping)
