@@ -12,6 +12,7 @@ from collections.abc import Callable
 from collections.abc import Sequence as Ordered
 from dataclasses import dataclass, replace
 
+from sparkrelay.device.step_profile import StepProfile, Stopwatch
 from sparkrelay.device.thread import StepResult
 from sparkrelay.outcomes import FinishReason, Reason
 from verifier_service import turns
@@ -110,7 +111,8 @@ class EngineLoad:
 
 
 class Engine:
-    """See the module. `measure_us` is a clock that is only reported, never decided by: rounds say how long the forward took."""
+    """See the module. `measure_us` is a clock that is only reported, never decided by: rounds say how long the forward took.
+    `stopwatch`, which the model shares, is what steps say where their time went by."""
 
     def __init__(
         self,
@@ -118,10 +120,12 @@ class Engine:
         settings: EngineSettings,
         policy: DepthPolicy,
         measure_us: Callable[[], int] | None = None,
+        stopwatch: Stopwatch | None = None,
     ) -> None:
         self._model = model
         self._settings = settings
         self._measure_us = measure_us
+        self._stopwatch = stopwatch or Stopwatch()
         leftover_limit = settings.block_count * settings.leftover_percent // 100
         self._memory = StateMemory(model, settings.block_count, leftover_limit)
         self._scheduler = BatchScheduler(
@@ -145,6 +149,7 @@ class Engine:
 
         now_us never decreases. next_due_us is now_us while there is more to compute, the end of a wait, or None.
         """
+        self._stopwatch.begin()
         events: list[Event] = []
         for command in commands:
             self._obey(command, now_us, events)
@@ -154,8 +159,10 @@ class Engine:
         plan = self._scheduler.plan(now_us)
         if not plan.entries:
             return StepResult(events, plan.due_us)
-        self._compute(plan.entries, now_us, events)
-        return StepResult(events, now_us if self._scheduler.running or self._scheduler.queue else None)
+        profile = self._compute(plan.entries, now_us, events)
+        return StepResult(
+            events, now_us if self._scheduler.running or self._scheduler.queue else None, profile
+        )
 
     def _obey(self, command: Command, now_us: int, events: list[Event]) -> None:
         match command:
@@ -186,10 +193,12 @@ class Engine:
         self._told_first = begun and self._scheduler.reads_prompts
         return self._told_first
 
-    def _compute(self, entries: list[Entry], now_us: int, events: list[Event]) -> None:
+    def _compute(self, entries: list[Entry], now_us: int, events: list[Event]) -> StepProfile | None:
         batch = RaggedBatch.of(entry.segment for entry in entries)
         before_us = self._measure_us() if self._measure_us is not None else now_us
+        self._stopwatch.begin_forward()
         logits = self._model.forward(batch)
+        self._stopwatch.begin_choice()
         after_us = self._measure_us() if self._measure_us is not None else now_us
         self._step_count += 1
         self._step_us = after_us - before_us
@@ -206,6 +215,7 @@ class Engine:
             # Only now, when rejected drafts are forgotten, and only if another block of the index is full: this is the hot path.
             if sequence.state_len // PREFIX_BLOCK > entry.segment.start // PREFIX_BLOCK:
                 self._memory.grown(sequence)
+        return self._stopwatch.profile(batch.row_count, len(entries))
 
     def _commit(
         self,

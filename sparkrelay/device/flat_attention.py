@@ -28,6 +28,7 @@ from sparkrelay.device.blockwise_attention import attend_in_blocks
 from sparkrelay.device.flat_batch import FlatEntry
 from sparkrelay.device.row_fold import Fold
 from sparkrelay.device.slab import BLOCK_TOKENS, KVLayout, LayerPlace, round_up
+from sparkrelay.device.step_profile import Stopwatch
 from sparkrelay.device.workspace import Workspace
 
 ATTENTION_NAME = "sparkrelay"
@@ -156,9 +157,11 @@ class AttentionStep:
         padded_row_count: int,
         row_multiple: int,
         workspace: Workspace,
+        stopwatch: Stopwatch,
     ) -> None:
         """padded_row_count: the forward's rows, those behind the entries' being padding whose output nobody reads."""
         self._workspace = workspace
+        self._stopwatch = stopwatch
         self._layout = layout
         self._entries = entries
         self._row_multiple = row_multiple
@@ -175,6 +178,12 @@ class AttentionStep:
 
     def attend(self, call: AttentionCall) -> torch.Tensor:
         """See `AttentionPlan`. Writes the rows' keys and values first, so that rows see each other."""
+        begun = self._stopwatch.clock_ns()
+        output = self._write_and_attend(call)
+        self._stopwatch.attention_ns += self._stopwatch.clock_ns() - begun
+        return output
+
+    def _write_and_attend(self, call: AttentionCall) -> torch.Tensor:
         place = self._layout.places[call.layer]
         if place.writes:
             _write(self._write_keys[place.kind][place.index], call.key, self._splits)

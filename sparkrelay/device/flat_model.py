@@ -29,6 +29,7 @@ from sparkrelay.device.kv_layout import LayoutRecorder, UnsupportedModel, layout
 from sparkrelay.device.packed_linear import PackedLinear, pack_linears
 from sparkrelay.device.padded_experts import register_experts
 from sparkrelay.device.slab import KVLayout, SlabState, round_up
+from sparkrelay.device.step_profile import Stopwatch
 from sparkrelay.device.workspace import Workspace
 
 __all__ = ["FlatBatch", "FlatCausalLM", "FlatEntry", "FlatOutput", "UnsupportedModel"]
@@ -53,10 +54,13 @@ class FlatOutput:
 class FlatCausalLM:
     """A loaded model. One thread uses it."""
 
-    def __init__(self, model: Any, *, exact: bool, device: torch.device, name: str) -> None:
+    def __init__(
+        self, model: Any, *, exact: bool, device: torch.device, name: str, stopwatch: Stopwatch
+    ) -> None:
         """`model` is a transformers causal LM in evaluation mode with attention `sparkrelay`. See `load`."""
         self._model = model
         self._device = device
+        self._stopwatch = stopwatch
         self.name = name
         self.exact = exact
         self._row_multiple = 1
@@ -71,9 +75,19 @@ class FlatCausalLM:
 
     @classmethod
     def load(
-        cls, path: Path | str, *, dtype: DtypeName = "bfloat16", exact: bool = True, device: str = "cpu"
+        cls,
+        path: Path | str,
+        *,
+        dtype: DtypeName = "bfloat16",
+        exact: bool = True,
+        device: str = "cpu",
+        stopwatch: Stopwatch | None = None,
     ) -> FlatCausalLM:
-        """Loads a local checkpoint folder. UnsupportedModel: it cannot be computed here, or not exactly. OSError: no model."""
+        """Loads a local checkpoint folder. UnsupportedModel: it cannot be computed here, or not exactly. OSError: no model.
+
+        stopwatch  is told what products and attention take
+        """
+        stopwatch = stopwatch or Stopwatch()
         register_attention()
         with _quiet_transformers():
             model = AutoModelForCausalLM.from_pretrained(
@@ -84,9 +98,9 @@ class FlatCausalLM:
         model.eval().requires_grad_(False).to(device)
         for tensor in [*model.parameters(), *model.buffers()]:
             tensor.data = tensor.data.clone()  # out of the file's memory map: aligned, and the file may go
-        flat = cls(model, exact=exact, device=torch.device(device), name=name)
+        flat = cls(model, exact=exact, device=torch.device(device), name=name, stopwatch=stopwatch)
         if device == "cpu":
-            pack_linears(model)
+            pack_linears(model, stopwatch)
         return flat
 
     @property
@@ -143,7 +157,9 @@ class FlatCausalLM:
         """As `forward`, with the hidden states that leave the layers numbered in `taps`, of all rows."""
         row_count, kept_count = len(batch.token_ids), len(batch.kept_rows)
         padded_count = round_up(row_count, self._row_multiple)
-        step = AttentionStep(self.layout, batch.entries, padded_count, self._row_multiple, self._workspace)
+        step = AttentionStep(
+            self.layout, batch.entries, padded_count, self._row_multiple, self._workspace, self._stopwatch
+        )
         ids = _padded(batch.token_ids, padded_count)
         positions = _padded(batch.positions(), padded_count)
         kept = _padded(batch.kept_rows, round_up(kept_count, self._row_multiple))

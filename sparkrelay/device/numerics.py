@@ -22,6 +22,7 @@ from sparkrelay.device.flat_attention import AttentionCall, AttentionStep
 from sparkrelay.device.flat_batch import FlatBatch, FlatEntry
 from sparkrelay.device.flat_model import FlatCausalLM
 from sparkrelay.device.slab import KVLayout, LayerPlace, SlabKind, SlabState
+from sparkrelay.device.step_profile import Stopwatch
 from sparkrelay.device.workspace import Workspace
 
 RECIPE_VERSION: Final = 1
@@ -139,7 +140,7 @@ def _attend(model: FlatCausalLM, kind: SlabKind, spans: list[range]) -> torch.Te
         parts.append([rows[:, span.start : span.stop] for rows in (queries, keys, values)])
     query, key, value = (torch.cat(rows, dim=1)[None] for rows in zip(*parts, strict=True))
     workspace = Workspace(model.dtype, model.device)
-    step = AttentionStep(layout, entries, query.shape[2], model.row_multiple, workspace)
+    step = AttentionStep(layout, entries, query.shape[2], model.row_multiple, workspace, Stopwatch())
     call = AttentionCall(0, query, key, value, kind.key_dim**-0.5, window=None, softcap=None, sinks=None)
     return step.attend(call)[0]
 

@@ -15,6 +15,8 @@ from typing import Final
 import torch
 from torch.nn.functional import linear
 
+from sparkrelay.device.step_profile import Stopwatch
+
 PACK_ROWS: Final = 16
 """The row count that the packing is told to expect; any value gives the same bits."""
 CHECKED_ROWS: Final = (4, 16)
@@ -27,8 +29,9 @@ SAME_INPUT: Final = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 class SharedProduct:
     """The product of some rows with several layers' weights: the first layer that is asked computes it for all."""
 
-    def __init__(self, layers: Sequence[torch.nn.Linear]) -> None:
+    def __init__(self, layers: Sequence[torch.nn.Linear], stopwatch: Stopwatch) -> None:
         """Layers of equal in_features that all have a bias or all have none."""
+        self._stopwatch = stopwatch
         weights: list[torch.Tensor] = [layer.weight for layer in layers]
         biases: list[torch.Tensor | None] = [layer.bias for layer in layers]
         present = [bias for bias in biases if bias is not None]
@@ -52,9 +55,11 @@ class SharedProduct:
     def _product(self, rows: torch.Tensor) -> torch.Tensor:
         if rows.numel() == 0:
             return rows.new_empty(*rows.shape[:-1], sum(self.sizes))
+        begun = self._stopwatch.clock_ns()
         product: torch.Tensor = torch.ops.mkldnn._linear_pointwise(
             rows, self._weight, self._bias, "none", [], ""
         )
+        self._stopwatch.linear_ns += self._stopwatch.clock_ns() - begun
         return product
 
 
@@ -73,14 +78,17 @@ class PackedLinear(torch.nn.Module):
         return self._product.part(self._number, rows)
 
 
-def pack_linears(model: torch.nn.Module) -> int:
+def pack_linears(model: torch.nn.Module, stopwatch: Stopwatch | None = None) -> int:
     """Replaces the model's linear layers on the CPU where packing keeps their results. Returns how many it replaced."""
+    stopwatch = stopwatch or Stopwatch()
     verdicts: dict[tuple[int, tuple[int, ...], bool], bool] = {}
     replaced = 0
     for parent in list(model.modules()):
         for names in list(_together(parent)):
             layers = [parent.get_submodule(name) for name in names]
-            packed = _pack([layer for layer in layers if isinstance(layer, torch.nn.Linear)], verdicts)
+            packed = _pack(
+                [layer for layer in layers if isinstance(layer, torch.nn.Linear)], stopwatch, verdicts
+            )
             for name, layer in zip(names, packed, strict=False):
                 setattr(parent, name, layer)
             replaced += len(packed)
@@ -107,14 +115,16 @@ def _packable(layer: torch.nn.Module) -> bool:
 
 
 def _pack(
-    layers: list[torch.nn.Linear], verdicts: dict[tuple[int, tuple[int, ...], bool], bool]
+    layers: list[torch.nn.Linear],
+    stopwatch: Stopwatch,
+    verdicts: dict[tuple[int, tuple[int, ...], bool], bool],
 ) -> list[PackedLinear]:
     """The layers' replacements; empty where this CPU has no such kernels or they are wrong (asked once a shape)."""
     shape = (layers[0].in_features, tuple(layer.out_features for layer in layers), layers[0].bias is not None)
     if not verdicts.get(shape, True):
         return []
     try:
-        product = SharedProduct(layers)
+        product = SharedProduct(layers, stopwatch)
         packed = [PackedLinear(product, number) for number in range(len(layers))]
         if shape not in verdicts:
             verdicts[shape] = all(_agree(plain, layer) for plain, layer in zip(layers, packed, strict=True))

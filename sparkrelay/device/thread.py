@@ -12,6 +12,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Generic, Protocol, TypeVar
 
+from sparkrelay.device.step_profile import StepProfile
+
 Command = TypeVar("Command")
 Event = TypeVar("Event")
 Command_contra = TypeVar("Command_contra", contravariant=True)
@@ -24,10 +26,12 @@ class StepResult(Generic[Event_co]):
 
     events       in the order they happened
     next_due_us  when (on the injected clock) to step again without a command; now or earlier: at once; None: never
+    profile      where the time went, if the step computed something and the engine has a stopwatch that runs
     """
 
     events: Sequence[Event_co]
     next_due_us: int | None
+    profile: StepProfile | None = None
 
 
 class Engine(Protocol[Command_contra, Event_co]):

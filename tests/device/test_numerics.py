@@ -155,7 +155,7 @@ def test_layers_of_one_product_may_be_asked_in_any_order_for_any_rows() -> None:
 def test_a_cpu_without_the_operators_keeps_plain_layers(
     error: Exception, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def refuse(self: SharedProduct, layers: list[torch.nn.Linear]) -> None:
+    def refuse(self: SharedProduct, *arguments: object) -> None:
         raise error
 
     monkeypatch.setattr(SharedProduct, "__init__", refuse)

@@ -10,6 +10,7 @@ from sparkrelay.device.flat_batch import FlatBatch, FlatEntry
 from sparkrelay.device.flat_model import DtypeName, FlatCausalLM
 from sparkrelay.device.numerics import Numerics, probe
 from sparkrelay.device.slab import BLOCK_TOKENS, SlabState
+from sparkrelay.device.step_profile import Stopwatch
 from verifier_service.models import FloatRows, ModelInfo
 from verifier_service.ragged_batch import RaggedBatch
 
@@ -47,9 +48,10 @@ class HuggingFaceModel:
         dtype: DtypeName = "bfloat16",
         exact: bool = True,
         device: str = "cpu",
+        stopwatch: Stopwatch | None = None,
     ) -> HuggingFaceModel:
-        """Loads a checkpoint folder and probes it. UnsupportedModel says what cannot be served."""
-        model = FlatCausalLM.load(path, dtype=dtype, exact=exact, device=device)
+        """Loads a checkpoint folder and probes it. UnsupportedModel says what cannot be served. The stopwatch is the engine's."""
+        model = FlatCausalLM.load(path, dtype=dtype, exact=exact, device=device, stopwatch=stopwatch)
         return cls(model, probe(model), model_id=model_id, tokenizer_hash=_file_hash(path / TOKENIZER_FILE))
 
     @property
