@@ -13,7 +13,7 @@ from drafter_service.models.dspark.layers import RMSNorm
 from drafter_service.models.dspark.network import DSparkNetwork
 from drafter_service.models.dspark.packed import PackedSequence, packed_hidden
 from drafter_service.models.mtp.network import MtpNetwork, MtpSequence, sequences_hidden
-from drafter_service.training.loss import BlockTargets, LossTerms, block_loss, matched_counts
+from drafter_service.training.loss import BlockTargets, Head, Judged, block_loss
 from drafter_service.training.settings import LossWeights
 from drafter_service.training.states import TargetStates
 
@@ -26,20 +26,13 @@ class TrainItem(NamedTuple):
     states: TargetStates
 
 
-class Answer(NamedTuple):
-    """What a trainee says to some items: the loss, and for every anchor of theirs how many greedy guesses match."""
-
-    terms: LossTerms
-    matched: Tensor
-
-
 class Trainee(Protocol):
     """A network in training."""
 
     @property
     def network(self) -> nn.Module: ...
 
-    def answer(self, items: Sequence[TrainItem]) -> Answer:
+    def answer(self, items: Sequence[TrainItem]) -> Judged:
         """Loss and matches of a batch, with gradients where they are enabled."""
 
 
@@ -60,7 +53,8 @@ class TargetHead:
     @torch.no_grad()
     def targets(self, items: Sequence[TrainItem], slot_count: int) -> BlockTargets:
         """What blocks of `slot_count` at the items' anchors are held against."""
-        labels, known, probabilities = [], [], []
+        labels, known, probabilities, indices = [], [], [], []
+        first = 0
         for item in items:
             positions = item.anchors[:, None] + torch.arange(slot_count)
             last = len(item.states.final) - 1
@@ -69,8 +63,10 @@ class TargetHead:
             labels.append(self._index[item.token_ids[positions + 1]])
             rows, places = torch.unique(positions, return_inverse=True)
             logits = linear(self._norm(item.states.final[rows]), self.weight)
-            probabilities.append(logits.float().softmax(dim=-1)[places])
-        return BlockTargets(torch.cat(labels), torch.cat(known), torch.cat(probabilities))
+            probabilities.append(logits.float().softmax(dim=-1))
+            indices.append(first + places)
+            first += len(rows)
+        return BlockTargets(torch.cat(labels), torch.cat(known), torch.cat(indices), torch.cat(probabilities))
 
 
 class BlockTrainee:
@@ -81,21 +77,21 @@ class BlockTrainee:
         self._head = head
         self._weights = weights
 
-    def answer(self, items: Sequence[TrainItem]) -> Answer:
+    def answer(self, items: Sequence[TrainItem]) -> Judged:
         network, head = self.network, self._head
         targets = head.targets(items, network.config.block_size)
         hidden = packed_hidden(
             network, [PackedSequence(item.states.taps, item.token_ids, item.anchors) for item in items]
         )
-        logits = linear(hidden, head.weight)
-        previous = None
+        previous, features, bias_weight = None, None, None
         if network.markov_head is not None:
             previous = network.markov_head.previous(self._before(items))
             features = network.markov_head.block_features(previous, hidden)
-            logits = logits + network.markov_head.bias(features, head.kept_ids)
+            bias_weight = network.markov_head.markov_w2.weight[head.kept_ids]
         confidence = None if network.confidence_head is None else network.confidence_head(hidden, previous)
-        terms = block_loss(logits, confidence, targets, self._weights)
-        return Answer(terms, matched_counts(logits.detach().argmax(dim=-1), targets))
+        return block_loss(
+            hidden, features, Head(head.weight, bias_weight), confidence, targets, self._weights
+        )
 
     def _before(self, items: Sequence[TrainItem]) -> Tensor:
         """The true token before each slot, [blocks, slots]."""
@@ -116,12 +112,10 @@ class MtpTrainee:
         self._head = head
         self._weights = weights
 
-    def answer(self, items: Sequence[TrainItem]) -> Answer:
+    def answer(self, items: Sequence[TrainItem]) -> Judged:
         targets = self._head.targets(items, 1)
         sequences = [MtpSequence(item.states.final[:-1], item.token_ids[1:-1]) for item in items]
         hidden = sequences_hidden(self.network, sequences)
         parts = torch.split_with_sizes(hidden, [len(sequence.next_ids) for sequence in sequences])
         rows = torch.cat([part[item.anchors - 1] for part, item in zip(parts, items, strict=True)])
-        logits = linear(rows, self._head.weight).unsqueeze(1)
-        terms = block_loss(logits, None, targets, self._weights)
-        return Answer(terms, matched_counts(logits.detach().argmax(dim=-1), targets))
+        return block_loss(rows.unsqueeze(1), None, Head(self._head.weight), None, targets, self._weights)

@@ -17,12 +17,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from drafter_service.training.loss import Judged
 from drafter_service.training.order import anchors_of, step_numbers
 from drafter_service.training.rounds import Rounds, match_rates, together, walk
 from drafter_service.training.samples import Sample
 from drafter_service.training.settings import TrainSettings
 from drafter_service.training.states import StateSource
-from drafter_service.training.trainees import Answer, Trainee, TrainItem
+from drafter_service.training.trainees import Trainee, TrainItem
 
 STATE_FILE = "state.pt"
 LOG_FILE = "log.jsonl"
@@ -166,7 +167,7 @@ class Trainer:
         anchors = anchors_of(sample, settings.anchors_per_sample, settings.seed, self.step)
         return self._data.item(number, torch.from_numpy(anchors))
 
-    def _answer(self, items: Sequence[TrainItem]) -> Answer:
+    def _answer(self, items: Sequence[TrainItem]) -> Judged:
         with torch.autocast("cpu", dtype=torch.bfloat16, enabled=self._settings.bfloat16):
             return self._trainee.answer(items)
 

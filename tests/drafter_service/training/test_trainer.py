@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import replace
 from pathlib import Path
 
@@ -18,11 +17,10 @@ from drafter_service.models.dspark.layers import DraftLayer, RMSNorm
 from drafter_service.models.dspark.network import DSparkNetwork
 from drafter_service.models.mtp.network import MtpNetwork, mtp_of
 from drafter_service.training.beginnings import begin_at_random, begin_with_target
-from drafter_service.training.loss import BlockTargets, block_loss, matched_counts
 from drafter_service.training.order import HELD_OUT_EVERY, anchors_of, frequent_ids, is_held_out, step_numbers
 from drafter_service.training.rounds import Rounds, match_rates, walk
 from drafter_service.training.samples import Sample
-from drafter_service.training.settings import LossWeights, TrainSettings
+from drafter_service.training.settings import TrainSettings
 from drafter_service.training.states import ComputedStates
 from drafter_service.training.trainees import BlockTrainee, MtpTrainee, TargetHead, Trainee
 from drafter_service.training.trainer import TrainData, Trainer
@@ -143,54 +141,6 @@ def test_a_draft_that_begins_with_the_target_s_last_layer_has_its_weights(world:
     rows = network.context_rows(item.states.taps.float())
     own_input = layer.input_layernorm(item.states.taps[:, 32:].float())
     assert torch.nn.functional.cosine_similarity(rows, own_input).min() > 0.9
-
-
-def plain_loss(logits: np.ndarray, wanted: np.ndarray, labels: list[list[int]], doubt: np.ndarray) -> float:
-    """The formula of the module, number by number; every label known."""
-    total, weight = 0.0, 0.0
-    for block in range(len(labels)):
-        for k, label in enumerate(labels[block]):
-            share = math.exp(-k / 4.0)
-            draft = np.exp(logits[block, k]) / np.exp(logits[block, k]).sum()
-            l1 = float(np.abs(draft - wanted[block, k]).sum())
-            c = 1 / (1 + math.exp(-doubt[block, k]))
-            bce = -((1 - l1 / 2) * math.log(c) + l1 / 2 * math.log(1 - c))
-            total += share * (0.1 * -math.log(draft[label]) + 0.9 * l1 + bce)
-            weight += share
-    return total / weight
-
-
-def test_the_loss_is_the_three_terms() -> None:
-    torch.manual_seed(0)
-    logits, doubt = torch.randn(3, 4, 7), torch.randn(3, 4)
-    wanted = torch.randn(3, 4, 7).softmax(-1)
-    labels = torch.randint(0, 7, (3, 4))
-    targets = BlockTargets(labels, torch.ones(3, 4, dtype=torch.bool), wanted)
-    found = block_loss(logits, doubt, targets, LossWeights())
-    expected = plain_loss(logits.numpy(), wanted.numpy(), labels.tolist(), doubt.numpy())
-    assert float(found.total) == pytest.approx(expected, rel=1e-5)
-
-
-def test_what_is_not_known_has_no_part_in_the_loss() -> None:
-    torch.manual_seed(0)
-    logits, wanted = torch.randn(1, 4, 7), torch.randn(1, 4, 7).softmax(-1)
-    labels = torch.tensor([[1, -1, 2, 3]])
-    known = torch.tensor([[True, True, False, False]])
-    found = block_loss(logits, None, BlockTargets(labels, known, wanted), LossWeights())
-    changed = logits.clone()
-    changed[:, 2:] += 5.0
-    assert block_loss(changed, None, BlockTargets(labels, known, wanted), LossWeights()) == found
-    changed[:, 1] += torch.arange(7.0)
-    other = block_loss(changed, None, BlockTargets(labels, known, wanted), LossWeights())
-    assert other.l1 != found.l1 and other.cross_entropy == found.cross_entropy
-
-
-def test_guesses_match_up_to_the_first_miss() -> None:
-    labels = torch.tensor([[4, 5, 6], [4, 5, 6], [4, -1, 6], [4, 5, 6]])
-    best = torch.tensor([[4, 5, 6], [4, 0, 6], [4, 5, 6], [4, 5, 6]])
-    known = torch.tensor([[True] * 3, [True] * 3, [True] * 3, [True, False, False]])
-    targets = BlockTargets(labels, known, torch.zeros(0))
-    assert matched_counts(best, targets).tolist() == [3, 1, 1, 1]
 
 
 @given(st.lists(st.integers(0, 5), min_size=1, max_size=40))
