@@ -22,6 +22,7 @@ log = structlog.get_logger(__name__)
 
 TRIAL_LIMIT_S = 2.0
 START_LIMIT_S = 30.0
+ENDING_LIMIT_S = 1.0
 
 
 class TriedCompiler:
@@ -119,7 +120,14 @@ class TriedCompiler:
 
     async def _end(self) -> None:
         process, self._process = self._process, None
-        if process is not None:
+        if process is None:
+            return
+        assert process.stdout is not None
+        # One that has ended is waited for, not killed: `kill` would take its exit code away from asyncio.
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(ENDING_LIMIT_S if process.stdout.at_eof() else 0):
+                await process.wait()
+        if process.returncode is None:
             with contextlib.suppress(ProcessLookupError):
                 process.kill()
             await process.wait()
