@@ -113,7 +113,7 @@ class GrammarState:
     def _error(self) -> str:
         """Why the matcher cannot go on, "" if it can: a dead end, or a limit."""
         error = self._matcher.get_error()
-        return _explain(error, len(self._fitting)) if error else ""
+        return _explain(error, self._length) if error else ""
 
 
 def _explain(error: str, length: int) -> str:

@@ -90,6 +90,12 @@ def test_a_stop_id_is_no_text_even_where_the_grammar_has_its_letters() -> None:
     assert view(state) == [letter]
 
 
+def test_the_tokenizers_own_end_is_allowed_only_to_turns_that_end_with_it() -> None:
+    compiled = grammar(REGEX, "a?")
+    assert view(compiled.begin((), {OTHER_STOP})) == [OTHER_STOP, *encode("a")]
+    assert view(compiled.begin((), {STOP})) == [STOP, *encode("a")]
+
+
 def test_ids_behind_the_tokenizers_last_are_never_allowed() -> None:
     mask = grammar(REGEX, "(?s:.*)").begin((), STOPS).allowed()
     assert mask.shape == (VOCAB_SIZE,) and mask.dtype == np.bool_
@@ -99,6 +105,12 @@ def test_ids_behind_the_tokenizers_last_are_never_allowed() -> None:
 @pytest.mark.parametrize("text", ['{"a":1}', '{"a": 1}', '{\n  "a": 1\n}'])
 def test_json_may_be_on_one_line_or_indented(text: str) -> None:
     assert grammar(JSON, JUST_A).begin(encode(text), STOPS).complete
+
+
+def test_a_schema_may_forbid_all_white_space() -> None:
+    strict = f'{JUST_A[:-1]},"x-guidance":{{"whitespace_pattern":null,"whitespace_flexible":false}}}}'
+    assert grammar(JSON, strict).begin(encode('{"a":1}'), STOPS).complete
+    assert not grammar(JSON, strict).begin(encode('{"a": 1}'), STOPS).complete
 
 
 @pytest.mark.parametrize("text", [' {"a":1}', '{"a":  1}', '{"a":1} ', '{"b":1}', '{"a":1', '{\n\n"a":1}'])

@@ -179,6 +179,18 @@ def test_a_dead_end_ends_the_turn_with_its_reason_after_the_tokens_before_it() -
     assert not driver.engine.load().active_turn_count
 
 
+def test_a_text_that_never_ends_ends_at_a_limit() -> None:
+    endless = turn("a", "t", PROMPT, stop_ids=STOPS, max_tokens=30)
+    driver = Driver(text_toy())
+    driver.run(replace(endless, grammar=grammar(FormatKind.LARK_GRAMMAR, 'start: ("a"|"b") start')))
+    (over,) = of(driver.events, TurnOver)
+    assert over.finish_reason == FinishReason.LENGTH and len(driver.output("t")) == 30
+    driver = Driver(text_toy())
+    driver.run(replace(endless, grammar=grammar(FormatKind.LARK_GRAMMAR, 'start: "a" start')))
+    (refused,) = of(driver.events, TurnRefused)
+    assert refused.reason == Reason.GRAMMAR_REFUSED and "limit" in refused.message
+
+
 def test_a_replayed_turn_goes_on_where_its_output_stands() -> None:
     command = name_turn("whole")
     whole = plain(command, PROMPT)
