@@ -71,6 +71,7 @@ def test_the_base_install_is_enough() -> None:
         "import sparkrelay.client\n"
         "heavy = {'numpy', 'torch', 'tokenizers', 'transformers', 'jinja2'} & set(sys.modules)\n"
         "assert not heavy, heavy\n"
+        "assert len(sys.modules) < 400, len(sys.modules)\n"
     )
     subprocess.run([sys.executable, "-c", script], check=True, timeout=60)
 
