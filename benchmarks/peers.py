@@ -58,6 +58,7 @@ VLLM_PLAIN, VLLM_NGRAM = "vllm plain", "vllm ngram"
 SPECULATIVE_PEERS = (HF_LOOKUP, VLLM_NGRAM)
 PLAIN_PEERS = (HF_PLAIN, VLLM_PLAIN)
 NO_VLLM = "not asked for: give --install-vllm DIR or --vllm-python PATH"
+ROOM_FOR_USERS = 16  # of vLLM at least: with another number it compiles anew
 BUDGETS = {"plain_over_vllm": 0.9, "speculative_over_best_peer": 1.2}
 
 
@@ -186,7 +187,7 @@ def vllm_child(name: str, setting: VllmSetting, options: Options, folder: Path, 
     child = {
         "model": str(folder),
         "dtype": options.dtype,
-        "max_users": max(options.user_counts),
+        "max_users": max(*options.user_counts, ROOM_FOR_USERS),
         "engine": dict(setting.engine),
     }
     return ChildSystem(
