@@ -3,7 +3,8 @@ because peers run under another Python.
 
     first line out   {"about": {...}} once it is ready, or {"error": text} and its end
     each line in     {"prompts": [[id, ...], ...], "token_count": K, "mode": {...}}
-    its answer       {"answers": [{"token_ids": [...], "marks": [[s, count], ...]}, ...], "wall_s": s}, or {"error": text}
+    its answer       {"answers": [{"token_ids": [...], "marks": [[s, count], ...]}, ...], "wall_s": s, "notes": {...}},
+                     or {"error": text}
 
 It ends when its input ends. While it waits for a line it computes nothing, so that others can be measured.
 """
@@ -15,10 +16,21 @@ import os
 import sys
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 Marks = list[tuple[float, int]]
-RunPrompts = Callable[[Sequence[Sequence[int]], int, dict[str, Any]], list[tuple[list[int], Marks]]]
+
+
+@dataclass
+class Answered:
+    """What a run gave: ids and marks of every user, and what else the system says of the run."""
+
+    answers: list[tuple[list[int], Marks]]
+    notes: dict[str, Any] = field(default_factory=dict)
+
+
+RunPrompts = Callable[[Sequence[Sequence[int]], int, dict[str, Any]], Answered]
 Start = Callable[[], tuple[RunPrompts, dict[str, Any]]]
 
 
@@ -44,8 +56,9 @@ def serve(start: Start) -> None:
 def _answer(run_prompts: RunPrompts, request: dict[str, Any]) -> dict[str, Any]:
     begun = time.perf_counter()
     try:
-        answers = run_prompts(request["prompts"], request["token_count"], request["mode"])
+        answered = run_prompts(request["prompts"], request["token_count"], request["mode"])
     except Exception as error:  # noqa: BLE001 - said to the parent, who decides
         return {"error": f"{type(error).__name__}: {error}"}
     wall_s = time.perf_counter() - begun
-    return {"answers": [{"token_ids": ids, "marks": marks} for ids, marks in answers], "wall_s": wall_s}
+    answers = [{"token_ids": ids, "marks": marks} for ids, marks in answered.answers]
+    return {"answers": answers, "wall_s": wall_s, "notes": answered.notes}

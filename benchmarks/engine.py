@@ -13,7 +13,8 @@ process of its own with the same number of threads:
 A figure is tokens a second of all users together from their first token on, so reading the prompts is not in it. Text that
 has turned into a loop is cut (32 tokens that repeat with a period of at most 64); the share cut and the uncut figures stand
 beside it. Ratios are formed within each repeat; medians, least and most of the repeats are printed. The floor is the time to
-read all weights once at the speed at which this machine's threads read memory.
+read all weights once at the speed at which this machine's threads read memory; a second table shows where the engine's steps
+spend theirs.
 """
 
 from __future__ import annotations
@@ -40,6 +41,14 @@ from benchmarks.workload import Workload, as_tokens, default_prompts, read_promp
 from sparkrelay.cli.up import core_count
 from sparkrelay.store import resolve
 
+PROFILE = "profile_ms"
+PARTS = (
+    "linear",
+    "attention",
+    "other",
+    "choice",
+    "scheduling",
+)  # of a step; see sparkrelay/device/step_profile.py
 STACK, ENGINE, TRANSFORMERS = "stack", "engine", "transformers"
 PLAIN: Mode = {"speculation": "off"}
 TRIAL_TOKENS = 32
@@ -92,6 +101,7 @@ def main() -> None:
     floor = Floor(weight_bytes(folder, options.dtype), float(facts["engine"].get("read_gb_per_s", 0.0)))
     result = as_result(measured, lanes, floor, facts, options)
     show(table(measured, lanes, floor, result))
+    show(profile_table(result))
     finish(result, json_file)
 
 
@@ -181,6 +191,9 @@ def as_result(
                 str(count): rounded(step_ms(measured, ENGINE, count), 2) for count in options.user_counts
             },
         },
+        "step_profile_ms": {
+            str(count): parts for count in options.user_counts if (parts := mean_profile(measured, count))
+        },
         **common,
         "budgets": BUDGETS,
         "facts": {name: dict(each) for name, each in facts.items()},
@@ -198,6 +211,27 @@ def across_users(measured: Measured, many: int, few: int) -> Spread | None:
 def step_ms(measured: Measured, lane: str, user_count: int) -> Spread | None:
     """What a step of all users takes: each of them gets one token in it."""
     return spread([1000 * user_count / rate for rate in measured.rates(lane, user_count) if rate > 0])
+
+
+def mean_profile(measured: Measured, user_count: int) -> dict[str, float]:
+    """Milliseconds of a step by part, mean over the repeats; empty if it was not measured."""
+    notes = [run.notes.get(PROFILE) for run in measured.of(ENGINE, user_count)]
+    profiles = [each for each in notes if each]
+    if not profiles:
+        return {}
+    return {part: round(sum(each[part] for each in profiles) / len(profiles), 2) for part in PARTS}
+
+
+def profile_table(result: Mapping[str, Any]) -> Table:
+    """Where a plain step of all users spends its time, by users."""
+    heading = "Where a step's time goes (engine), ms"
+    drawn = Table(title=heading, title_justify="left")
+    for name in ("users", *PARTS, "all"):
+        drawn.add_column(name, justify="right")
+    for count, parts in result["step_profile_ms"].items():
+        cells = [f"{parts[part]:.2f}" for part in PARTS]
+        drawn.add_row(count, *cells, f"{sum(parts.values()):.2f}")
+    return drawn
 
 
 def table(measured: Measured, lanes: Sequence[Lane], floor: Floor, result: Mapping[str, Any]) -> Table:

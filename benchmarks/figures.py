@@ -6,8 +6,9 @@ Pure arithmetic, the same for every system that is measured. A mark is (seconds 
 from __future__ import annotations
 
 import statistics
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
 
 from sparkrelay.cli.loops import loop_share, loop_start
 
@@ -28,10 +29,14 @@ class Answer:
 
 @dataclass(frozen=True, slots=True)
 class Run:
-    """One run of a system: an answer for each user, all begun at once; wall_s until the last of them was whole."""
+    """One run of a system: an answer for each user, all begun at once; wall_s until the last of them was whole.
+
+    notes  what else the system says of the run
+    """
 
     answers: tuple[Answer, ...]
     wall_s: float
+    notes: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)

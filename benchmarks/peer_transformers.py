@@ -17,7 +17,7 @@ from typing import Any
 import torch
 import transformers
 
-from benchmarks.child import Marks, RunPrompts, serve
+from benchmarks.child import Answered, Marks, RunPrompts, serve
 
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 
@@ -62,10 +62,8 @@ def start() -> tuple[RunPrompts, dict[str, Any]]:
     transformers.utils.logging.set_verbosity_error()
     models = Models(options["model"])
 
-    def run_prompts(
-        prompts: Sequence[Sequence[int]], token_count: int, mode: dict[str, Any]
-    ) -> list[tuple[list[int], Marks]]:
-        return run(models.get(mode["dtype"], mode["attention"]), prompts, token_count, mode)
+    def run_prompts(prompts: Sequence[Sequence[int]], token_count: int, mode: dict[str, Any]) -> Answered:
+        return Answered(run(models.get(mode["dtype"], mode["attention"]), prompts, token_count, mode))
 
     versions = {"version": transformers.__version__, "torch": torch.__version__}
     return run_prompts, {**versions, "threads": options["threads"], "pid": os.getpid()}

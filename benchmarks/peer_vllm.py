@@ -14,7 +14,7 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
-from benchmarks.child import Marks, RunPrompts, serve
+from benchmarks.child import Answered, Marks, RunPrompts, serve
 
 CONTEXT = 2048
 
@@ -35,12 +35,10 @@ def start() -> tuple[RunPrompts, dict[str, Any]]:
     )
     run_number = 0
 
-    def run_prompts(
-        prompts: Sequence[Sequence[int]], token_count: int, _mode: dict[str, Any]
-    ) -> list[tuple[list[int], Marks]]:
+    def run_prompts(prompts: Sequence[Sequence[int]], token_count: int, _mode: dict[str, Any]) -> Answered:
         nonlocal run_number
         run_number += 1
-        return _run(llm.llm_engine, prompts, token_count, f"run{run_number}", vllm.SamplingParams)
+        return Answered(_run(llm.llm_engine, prompts, token_count, f"run{run_number}", vllm.SamplingParams))
 
     return run_prompts, {"version": vllm.__version__, "engine": options["engine"], "pid": os.getpid()}
 

@@ -12,7 +12,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from sparkrelay.client.aio import AsyncClient, AsyncGenerationStream, AsyncSession
+from sparkrelay.client.aio import AsyncClient, AsyncSession
+from sparkrelay.client.aio_stream import AsyncGenerationStream
 from sparkrelay.client.errors import SparkRelayError
 
 CANCEL_SHARE = 0.2

@@ -205,4 +205,4 @@ def run_of(message: Mapping[str, Any]) -> Run:
         Answer(tuple(each["token_ids"]), tuple((float(at), int(count)) for at, count in each["marks"]))
         for each in message["answers"]
     )
-    return Run(answers, float(message["wall_s"]))
+    return Run(answers, float(message["wall_s"]), message.get("notes", {}))

@@ -62,9 +62,9 @@ def test_a_lane_that_fails_is_a_gap_and_the_others_go_on() -> None:
 def test_prompt_lookup_of_transformers_gives_its_plain_text_in_fewer_steps(tmp_path: Path) -> None:
     run_prompts, _ = _transformers(save_tiny(FAMILIES["llama"](), tmp_path))
     prompt = [5, 9, 13, 5, 9, 13, 5, 9, 13]
-    ((plain_ids, plain_marks),) = run_prompts([prompt], 60, PLAIN)
+    ((plain_ids, plain_marks),) = run_prompts([prompt], 60, PLAIN).answers
     lookup = {**PLAIN, "lookup": {"tokens": 4, "ngram": 2}}
-    ((lookup_ids, lookup_marks),) = run_prompts([prompt], 60, lookup)
+    ((lookup_ids, lookup_marks),) = run_prompts([prompt], 60, lookup).answers
     assert lookup_ids == plain_ids and len(plain_ids) == 60
     assert [count for _, count in plain_marks] == list(range(1, 61))
     assert len(lookup_marks) < 60 and lookup_marks[-1][1] == 60
@@ -73,8 +73,8 @@ def test_prompt_lookup_of_transformers_gives_its_plain_text_in_fewer_steps(tmp_p
 def test_a_padded_batch_of_transformers_answers_as_each_user_alone(tmp_path: Path) -> None:
     run_prompts, _ = _transformers(save_tiny(FAMILIES["llama"](), tmp_path))
     prompts = [[3, 1, 4, 1, 5], [9, 2], [6, 5, 3, 5, 8, 9, 7]]
-    together = run_prompts(prompts, 12, PLAIN)
-    assert [ids for ids, _ in together] == [run_prompts([ids], 12, PLAIN)[0][0] for ids in prompts]
+    together = run_prompts(prompts, 12, PLAIN).answers
+    assert [ids for ids, _ in together] == [run_prompts([ids], 12, PLAIN).answers[0][0] for ids in prompts]
     assert all(marks[-1][1] == 12 for _, marks in together)
     assert max(max(ids) for ids, _ in together) < VOCAB_SIZE
 
@@ -132,14 +132,14 @@ def test_vllms_outputs_go_to_the_users_who_asked() -> None:
 CHILD = """
 import json, sys
 sys.path.insert(0, sys.argv[1])
-from benchmarks.child import serve
+from benchmarks.child import Answered, serve
 def start():
     options = json.loads(sys.argv[2])
     print("noise on standard output")
     if options.get("broken"): raise RuntimeError("no such wheel")
     def run(prompts, count, mode):
         if mode.get("fail"): raise ValueError("cannot do that")
-        return [([ids[0]] * count, [(0.5, 1), (1.0, count)]) for ids in prompts]
+        return Answered([([ids[0]] * count, [(0.5, 1), (1.0, count)]) for ids in prompts], {'steps': count})
     return run, {"version": "1"}
 serve(start)
 """
@@ -164,6 +164,7 @@ def test_a_child_answers_until_its_input_ends_and_its_noise_disturbs_nobody(tmp_
         process = child._process
     assert [answer.token_ids for answer in run.answers] == [(7, 7, 7), (9, 9, 9)]
     assert run.answers[0].marks == ((0.5, 1), (1.0, 3)) and run.wall_s > 0
+    assert run.notes == {"steps": 3}
     assert process is not None and process.returncode == 0
     assert "noise" in (tmp_path / "scripted.log").read_text(encoding="utf-8")
 

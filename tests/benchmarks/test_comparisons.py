@@ -10,7 +10,7 @@ import pytest
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks import engine, peers, soak
+from benchmarks import engine, own_engine, peers, soak
 from benchmarks.peer_settings import PeerSettings, Search, read_settings, write_settings
 from benchmarks.systems import ChildSystem, Gap
 from benchmarks.vllm_environment import VllmSetting
@@ -39,6 +39,9 @@ def test_engine_reports_every_user_count_by_stack_and_engine_alike(tmp_path: Pat
     assert result["ratios"]["stack_over_engine"]["1"]["median"] > 0
     assert result["gaps"] == {} and result["floor"]["ms"] == 0
     assert measured.agreement("engine", "stack") == 1.0, "both are the same engine on the same prompts"
+    assert set(result["step_profile_ms"]["8"]) == set(engine.PARTS) == set(own_engine.PARTS)
+    assert result["step_profile_ms"]["8"]["choice"] > 0
+    assert " choice" in rendered(engine.profile_table(result))
     assert measured.of("stack", 8)[0].answers[7].marks[-1][1] == 24
     assert "plain_over_transformers: not measured, budget 1.5" in rendered(
         engine.table(measured, lanes, engine.Floor(0, 0.0), result)
