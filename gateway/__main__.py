@@ -5,13 +5,17 @@ from __future__ import annotations
 import asyncio
 import datetime
 import os
+import sqlite3
 import sys
 import time
+from pathlib import Path
 
 import grpc.aio
 import structlog
 
+from gateway.journal_sqlite import SqliteJournal
 from gateway.servicer import AdminServicer, FrontDesk, GatewayServicer, Outside
+from gateway.servicer.journal_codec import EventCodec
 from gateway.settings import GatewaySettings
 from sparkrelay.interpreter import spare_rounds
 from sparkrelay.security import InsecureSettings, dialling
@@ -48,10 +52,11 @@ async def serve(settings: GatewaySettings) -> int:
         random_bytes=os.urandom,
     )
     try:
-        desk = FrontDesk(settings, outside, on_ready=lifecycle.set_ready, dialling=dialling(settings))
-    except InsecureSettings as error:
+        dials, store = dialling(settings), open_journal(settings, outside)
+    except (InsecureSettings, sqlite3.Error, OSError) as error:
         log.error("cannot start", name="gateway", reason=str(error))
         return 1
+    desk = FrontDesk(settings, outside, on_ready=lifecycle.set_ready, dialling=dials, store=store)
     spare_rounds()
 
     def add_services(server: grpc.aio.Server) -> None:
@@ -70,6 +75,28 @@ async def serve(settings: GatewaySettings) -> int:
         )
     finally:
         await desk.close()
+        if store is not None:
+            store.close()
+
+
+def open_journal(settings: GatewaySettings, outside: Outside) -> SqliteJournal | None:
+    """The file that turns are written to, None for memory alone. Raises sqlite3.Error or OSError if it is required."""
+    if not settings.journal_path:
+        return None
+    try:
+        path = Path(settings.journal_path)
+        return SqliteJournal(path, EventCodec(), settings.resume_keep_ms / 1000, outside.wall_s)
+    except (sqlite3.Error, OSError) as error:
+        if settings.journal_required:
+            raise type(error)(
+                f"journal: cannot open {settings.journal_path}: {error}; name another file"
+            ) from None
+        log.error(
+            "no journal: turns cannot be resumed after a restart",
+            path=settings.journal_path,
+            reason=str(error),
+        )
+        return None
 
 
 if __name__ == "__main__":

@@ -142,6 +142,15 @@ class JournalStore(Protocol):
         """It is over."""
         ...
 
+    def load(self, turn_id: str) -> TurnLog | None:
+        """A turn of an earlier process, as far as it was written; None if there is none."""
+        ...
+
+    @property
+    def broken(self) -> str:
+        """Why nothing is written any more; empty if all is well."""
+        ...
+
 
 class Journal:
     """All logs, by turn id, within one bound.
@@ -153,7 +162,7 @@ class Journal:
     def __init__(self, limit_bytes: int, keep_us: int, store: JournalStore | None = None) -> None:
         self._limit_bytes = limit_bytes
         self._keep_us = keep_us
-        self._store = store
+        self.store = store
         self._running: OrderedDict[str, TurnLog] = OrderedDict()
         self._over: OrderedDict[str, tuple[TurnLog, int]] = (
             OrderedDict()
@@ -175,16 +184,16 @@ class Journal:
     def accept(self, log: TurnLog, accepted: Any) -> None:
         """The turn's first event."""
         log.accepted = accepted
-        if self._store is not None:
-            self._store.accepted(log)
+        if self.store is not None:
+            self.store.accepted(log)
 
     def add(self, log: TurnLog, delta: Delta) -> None:
         """The turn's next delta. Makes room if there is none."""
         before = log.size_bytes
         log.add(delta)
         self.size_bytes += log.size_bytes - before
-        if self._store is not None:
-            self._store.added(log, delta)
+        if self.store is not None:
+            self.store.added(log, delta)
         while self.size_bytes > self._limit_bytes and self._give_up_one(log):
             pass
 
@@ -193,8 +202,8 @@ class Journal:
         log.end = end
         if self._running.pop(log.turn_id, None) is not None:
             self._over[log.turn_id] = (log, now_us)
-        if self._store is not None:
-            self._store.ended(log)
+        if self.store is not None:
+            self.store.ended(log)
 
     def expire(self, now_us: int) -> None:
         """Forgets the turns that were over for long enough."""

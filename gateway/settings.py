@@ -81,6 +81,13 @@ class GatewaySettings(ServiceSettings):
         le=1_000_000,
         description="Memory for what turns may be resumed from; beyond it, the oldest goes.",
     )
+    journal: str = Field(
+        "memory",
+        description="Where turns that may be resumed are kept: memory, or sqlite:PATH, which outlives this process.",
+    )
+    journal_required: bool = Field(
+        False, description="Refuse turns that may be resumed while the journal's file cannot be written."
+    )
     connect_timeout_ms: int = Field(3000, ge=1, description="Time for a verifier's first answer.")
     silence_limit_ms: int = Field(
         5000, ge=1, description="A verifier without a load report for so long is lost."
@@ -89,6 +96,20 @@ class GatewaySettings(ServiceSettings):
         100, ge=1, description="Pause before the first new attempt to reach a lost verifier."
     )
     backoff_max_ms: int = Field(3000, ge=1, description="The longest pause between attempts.")
+
+    @field_validator("journal")
+    @classmethod
+    def _check_journal(cls, value: str) -> str:
+        if value != "memory" and not value.removeprefix("sqlite:"):
+            raise ValueError("names no file; write memory or sqlite:PATH")
+        if value != "memory" and not value.startswith("sqlite:"):
+            raise ValueError(f"{value!r} is unknown; write memory or sqlite:PATH")
+        return value
+
+    @property
+    def journal_path(self) -> str:
+        """Of the SQLite file; empty for memory."""
+        return "" if self.journal == "memory" else self.journal.removeprefix("sqlite:")
 
     @field_validator("verifiers")
     @classmethod

@@ -11,7 +11,7 @@ from typing import Any, Protocol
 
 import structlog
 
-from gateway.journal import Journal
+from gateway.journal import Journal, JournalStore
 from gateway.sessions import Session, SessionTable
 from gateway.settings import GatewaySettings
 from gateway.tenants import prefix_salt
@@ -63,6 +63,7 @@ class FrontDesk:
         outside: Outside,
         on_ready: Callable[[bool], None] = lambda ready: None,
         dialling: Dialling = PLAINTEXT,
+        store: JournalStore | None = None,
     ) -> None:
         self.settings = settings
         self.outside = outside
@@ -71,7 +72,7 @@ class FrontDesk:
         )
         self.turns = RecentTurns(settings.recent_turns, settings.turn_rounds)
         self.board = RoundBoard(settings.watcher_rounds)
-        self.journal = Journal(settings.resume_limit_mib * 1024 * 1024, settings.resume_keep_ms * 1000)
+        self.journal = Journal(settings.resume_limit_mib * 1024 * 1024, settings.resume_keep_ms * 1000, store)
         self.draining = False
         self._on_ready = on_ready
         self._texts: dict[tuple[str, str], ModelText] = {}

@@ -93,6 +93,7 @@ class LingeringTurns:
     def start(self, run: TurnRun, linger_ms: int) -> TurnEvents:
         """Starts a turn; returns its first stream. Raises Refusal."""
         _check_linger(linger_ms)
+        self._check_journal()
         if self._desk.journal.find(run.turn_id) is not None:
             raise invalid("turn_id", "names a turn that is known here; resume it, or choose another")
         turn = LingeringTurn(self._desk.journal.open(run.turn_id, run.trace.trace_id))
@@ -100,17 +101,38 @@ class LingeringTurns:
         self._desk.in_background(self._work(run, turn))
         return self._listen(turn, ResumePoint(), linger_ms)
 
-    def resume(self, request: gateway_pb.GenerateRequest) -> TurnEvents:
+    async def resume(self, request: gateway_pb.GenerateRequest) -> TurnEvents:
         """Another stream of a turn, from the token that its client lacks. Raises Refusal."""
         _check_linger(request.linger_ms)
         turn_id, next_index = check_id("resume.turn_id", request.resume.turn_id), request.resume.next_index
         if next_index < 0:
             raise invalid("resume.next_index", f"is {next_index}; send 0 or more")
-        log = self._desk.journal.find(turn_id)
+        log = await self._find(turn_id)
+        turn = self._turns.get(turn_id) or LingeringTurn(log)
+        point = log.resume_point(next_index)
+        async with aclosing(self._listen(turn, point, request.linger_ms)) as events:
+            async for event in events:
+                yield event
+
+    async def _find(self, turn_id: str) -> TurnLog:
+        """A turn's log, also of an earlier process. Raises Refusal."""
+        journal = self._desk.journal
+        log = journal.find(turn_id)
+        if log is None and journal.store is not None:
+            log = await asyncio.to_thread(journal.store.load, turn_id)
         if log is None:
             raise self._unknown(turn_id)
-        turn = self._turns.get(turn_id) or LingeringTurn(log)
-        return self._listen(turn, log.resume_point(next_index), request.linger_ms)
+        return log
+
+    def _check_journal(self) -> None:
+        store = self._desk.journal.store
+        if store is not None and store.broken and self._desk.settings.journal_required:
+            raise Refusal(
+                Reason.OVERLOADED,
+                f"The gateway's journal cannot be written ({store.broken}), and it takes no turns without it. "
+                "Ask without linger_ms, or try again later.",
+                retry_after_ms=self._desk.settings.overload_retry_ms,
+            )
 
     async def _listen(self, turn: LingeringTurn, point: ResumePoint, linger_ms: int) -> TurnEvents:
         listener = Listener(turn.log, point)

@@ -15,6 +15,7 @@ from sparkrelay.client.address import Peer
 from sparkrelay.client.errors import (
     InternalError,
     NotFound,
+    ResumeLost,
     SparkRelayError,
     Unavailable,
     status_of,
@@ -203,7 +204,8 @@ class Turn:
     def error_of(self, failure: grpc.RpcError) -> SparkRelayError:
         """The error of the turn: what broke its stream, and what came of the attempts to resume it."""
         error, broken = self._peer.error_of(failure), self._broken
-        if broken is not None and broken is not failure and isinstance(error, Unavailable | NotFound):
+        in_vain = isinstance(error, Unavailable | NotFound) and not isinstance(error, ResumeLost)
+        if broken is not None and broken is not failure and in_vain:
             error = Unavailable(
                 "The connection to the gateway was lost during the turn "
                 f"({self._peer.error_of(broken).message}), and the turn could not be resumed: {error.message}",

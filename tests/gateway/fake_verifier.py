@@ -17,6 +17,7 @@ from typing import Any
 
 import grpc.aio
 
+from gateway.journal import JournalStore
 from gateway.servicer import AdminServicer, FrontDesk, GatewayServicer, Outside
 from gateway.settings import GatewaySettings
 from sparkrelay.errors import abort
@@ -277,9 +278,12 @@ class Stack:
 
 @asynccontextmanager
 async def running(
-    *changes: dict[str, Any], wait: bool = True, **settings: Any
+    *changes: dict[str, Any], wait: bool = True, store: JournalStore | None = None, **settings: Any
 ) -> AsyncGenerator[Stack, None]:
-    """A gateway in front of one verifier for each dict of changes (one plain one if there is none)."""
+    """A gateway in front of one verifier for each dict of changes (one plain one if there is none).
+
+    store  where it writes turns down; None for nowhere
+    """
     bell = Bell()
     verifiers = [FakeVerifier(bell, **each) for each in changes or ({},)]
     for verifier in verifiers:
@@ -292,7 +296,7 @@ async def running(
     )
     addresses = ",".join(verifier.address for verifier in verifiers)
     values = {"verifiers": addresses, "backoff_min_ms": 20, "backoff_max_ms": 100} | settings
-    desk = FrontDesk(GatewaySettings(**values), outside, on_ready=lambda ready: bell.ring())
+    desk = FrontDesk(GatewaySettings(**values), outside, on_ready=lambda ready: bell.ring(), store=store)
     server = grpc.aio.server(options=SERVER_OPTIONS, interceptors=SERVER_INTERCEPTORS)
     gateway_grpc.add_GatewayServiceServicer_to_server(GatewayServicer(desk), server)
     admin_grpc.add_AdminServiceServicer_to_server(AdminServicer(desk), server)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import grpc
@@ -11,7 +12,7 @@ import pytest
 
 from sparkrelay.cli.stack import Stack, health_of
 from sparkrelay.client.blocking import Client, GenerationStream, connect
-from sparkrelay.client.errors import Unavailable
+from sparkrelay.client.errors import ResumeLost, Unavailable
 from sparkrelay.client.results import Delta
 from sparkrelay.server import CHANNEL_OPTIONS
 from sparkrelay.v1 import verifier_service_pb2, verifier_service_pb2_grpc
@@ -113,6 +114,26 @@ def test_a_gateway_killed_at_any_moment_leaves_a_verifier_without_its_turns(own_
         wait_until(ready_again(stack))
         with connect(stack.gateway) as client:
             works_with_drafts(client)
+
+
+def test_with_a_journal_on_disk_turns_are_resumed_at_the_gateway_that_is_started_again(
+    own_stack: StartStack, tmp_path: Path
+) -> None:
+    flags = {**TOY.flags, "gateway": ("--journal", f"sqlite:{tmp_path / 'journal.db'}")}
+    stack = own_stack(replace(TOY, flags=flags))
+    with connect(stack.gateway) as client:
+        whole = client.generate(**LONG_TURN)
+        with client.generate_stream(**LONG_TURN) as stream:
+            deltas = after_deltas(stream, 5)
+            stack.kill("gateway")
+            stack.start_again("gateway")
+            with pytest.raises(ResumeLost, match="same seed") as cut:
+                _ = list(deltas)
+        assert cut.value.turn_id == stream.started.turn_id
+        assert stream.next_index > 0
+        rest = client.resume(whole.turn_id, 1000).result
+        assert rest.token_ids == whole.token_ids[1000:]
+        assert rest.rounds[-1] == whole.rounds[-1] and rest.usage == whole.usage
 
 
 def turns_under_way(stack: Stack) -> int:
