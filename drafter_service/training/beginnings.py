@@ -18,6 +18,8 @@ from drafter_service.models.dspark.network import DSparkNetwork
 from drafter_service.models.mtp.network import MtpNetwork
 
 _SPREAD = 0.02
+_QUIET = 0.1
+"""The last norm's first weight: hidden states that mean nothing yet should say little."""
 
 
 def begin_at_random(network: DSparkNetwork | MtpNetwork, vocabulary: Vocabulary, seed: int) -> None:
@@ -31,6 +33,7 @@ def begin_at_random(network: DSparkNetwork | MtpNetwork, vocabulary: Vocabulary,
                 weight.zero_()
     if isinstance(network, DSparkNetwork) and network.markov_head is not None:
         nn.init.zeros_(network.markov_head.markov_w2.weight)  # at first no token sways the next
+    nn.init.constant_(network.norm.weight, _QUIET - network.config.family.norm_offset)
     network.embed_tokens.weight = nn.Parameter(vocabulary.embedding.float(), requires_grad=False)
     network.lm_head.weight = nn.Parameter(vocabulary.lm_head, requires_grad=False)
 

@@ -126,7 +126,7 @@ class _HeadLoss(torch.autograd.Function):
         joined = joined.to(inputs.dtype)
         wants_gradient = any(ctx.needs_input_grad[:4])
         labels, rows = targets.labels.flatten(), targets.rows.flatten()
-        label_logs, distances, best, gradients = [], [], [], []
+        label_logs, distances, best, gradients, softs = [], [], [], [], []
         bias_gradient = None if bias_weight is None else torch.zeros_like(bias_weight)
         chunk_rows = max(CHUNK_NUMBERS // len(weight), 1)
         for part in torch.arange(len(inputs)).split(chunk_rows):  # type: ignore[no-untyped-call]
@@ -137,10 +137,15 @@ class _HeadLoss(torch.autograd.Function):
             distances.append(torch.linalg.vector_norm(gap, 1, dim=-1))
             label = labels[part].clamp(min=0)[:, None]
             label_logs.append(draft.gather(-1, label).squeeze(-1).clamp(min=_TINY).log())
+            if weights.soft:
+                softs.append(
+                    -torch.linalg.vecdot(targets.probabilities[rows[part]], draft.clamp(min=_TINY).log())
+                )
             if not wants_gradient:
                 continue
             hit = (share[part] * (labels[part] >= 0) * weights.cross_entropy)[:, None]
-            gradient = _slope(draft, gap, (share[part] * weights.l1)[:, None], hit, label)
+            l1_share, soft_share = share[part] * weights.l1, share[part] * weights.soft
+            gradient = _slope(draft, gap, l1_share[:, None], hit, label, soft_share[:, None])
             gradient = gradient.to(inputs.dtype)
             gradients.append(gradient @ joined)
             if bias_gradient is not None:
@@ -152,6 +157,8 @@ class _HeadLoss(torch.autograd.Function):
             ctx.split = hidden.shape[1]
             ctx.save_for_backward(torch.cat(gradients), bias_gradient)
         total = weights.cross_entropy * cross_entropy + weights.l1 * l1
+        if softs:
+            total = total + weights.soft * (share * torch.cat(softs)).sum()
         chosen = torch.cat(best)
         ctx.mark_non_differentiable(cross_entropy, l1, distance, chosen)
         return total, cross_entropy, l1, distance, chosen
@@ -165,12 +172,13 @@ class _HeadLoss(torch.autograd.Function):
         return gradient[:, : ctx.split], features, None, bias, None, None, None
 
 
-def _slope(draft: Tensor, gap: Tensor, l1: Tensor, hit: Tensor, label: Tensor) -> Tensor:
-    """The gradient by the logits, in the memory of `gap`: of l1 * |gap|_1 - hit * log draft[label], rows [n, kept].
+def _slope(draft: Tensor, gap: Tensor, l1: Tensor, hit: Tensor, label: Tensor, soft: Tensor) -> Tensor:
+    """The gradient by the logits [n, kept] of l1 * |gap|_1 - hit * log draft[label] - soft * <target, log draft>.
 
-    d|gap|_1 / d logits = draft * (s - <draft, s>) with s = sign(gap); d(-log draft[label]) / d logits = draft - 1 at the label.
+    d|gap|_1 / d logits = draft * (s - <draft, s>) with s = sign(gap = draft - target); -log draft[label] gives draft - 1 at the
+    label, and the soft term the gap itself.
     """
-    sign = gap.sign_()
+    sign = gap.sign()
     mean = torch.linalg.vecdot(draft, sign).unsqueeze(-1)
-    slope = sign.sub_(mean).mul_(l1).add_(hit).mul_(draft)
+    slope = sign.sub_(mean).mul_(l1).add_(hit).mul_(draft).addcmul_(gap, soft)
     return slope.scatter_add_(-1, label, -hit)

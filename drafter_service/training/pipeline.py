@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from drafter_service.models.dspark.checkpoint import (
     read_config,
@@ -24,6 +24,7 @@ from drafter_service.models.dspark.checkpoint import (
     target_vocabulary,
 )
 from drafter_service.models.dspark.config import LayerShape, draft_of, shape_of
+from drafter_service.models.dspark.heads import VanillaHead
 from drafter_service.models.dspark.layers import RMSNorm
 from drafter_service.models.dspark.network import DSparkNetwork
 from drafter_service.models.mtp.network import MtpNetwork, mtp_of
@@ -32,10 +33,13 @@ from drafter_service.training.order import frequent_ids, is_held_out
 from drafter_service.training.samples import read_samples
 from drafter_service.training.settings import TrainSettings
 from drafter_service.training.states import StateFolder, StateSource
+from drafter_service.training.statistics import begin_as_linear, begin_with_bigrams, mean_states
 from drafter_service.training.trainees import BlockTrainee, MtpTrainee, TargetHead, Trainee
 from drafter_service.training.trainer import TrainData, Trainer
 
 SETTINGS_FILE = "settings.json"
+STATISTICS_SAMPLES = 4000
+"""Samples that a beginning's statistics are of; more would take longer than they are worth."""
 _STATE_BYTES = 2
 _OPTIMIZER_COPIES = 5
 """float32 numbers a learned weight: itself, its gradient, its running mean and two moments."""
@@ -112,9 +116,22 @@ def new_trainee(target: Path, settings: TrainSettings, data: TrainData) -> Train
     samples = [data.samples[number] for number in data.train_numbers]
     kept_ids = frequent_ids(samples, settings.kept_vocabulary or shape.vocab_size, shape.vocab_size)
     head = TargetHead(norm, vocabulary.lm_head, torch.from_numpy(kept_ids))
+    if settings.begin_with_statistics:
+        _begin_with_statistics(network, data, norm, vocabulary.lm_head)
     if isinstance(network, MtpNetwork):
         return MtpTrainee(network, head, settings.weights)
     return BlockTrainee(network, head, settings.weights)
+
+
+def _begin_with_statistics(
+    network: DSparkNetwork | MtpNetwork, data: TrainData, norm: RMSNorm, lm_head: Tensor
+) -> None:
+    items = (data.item(number) for number in data.train_numbers[:STATISTICS_SAMPLES])
+    if isinstance(network, MtpNetwork):
+        begin_as_linear(network, items, norm)
+    elif isinstance(network.markov_head, VanillaHead):
+        means = mean_states(items, norm, network.config.vocab_size)
+        begin_with_bigrams(network.markov_head, means, lm_head)
 
 
 def new_network(target: Path, settings: TrainSettings) -> DSparkNetwork | MtpNetwork:

@@ -12,12 +12,13 @@ DraftKind = Literal["dspark", "dflash", "mtp"]
 
 @dataclass(frozen=True, slots=True)
 class LossWeights:
-    """decay: slots over which a slot's weight falls to 1/e."""
+    """decay: slots over which a slot's weight falls to 1/e. soft: cross entropy against the target's distribution."""
 
     cross_entropy: float = 0.1
     l1: float = 0.9
     confidence: float = 1.0
     decay: float = 4.0
+    soft: float = 0.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -31,6 +32,7 @@ class TrainSettings:
     block_size           gamma
     rank, head           of the sequential head
     begin_with_target    start from the target's last layers instead of random ones
+    begin_with_statistics start as the best bigram model of the rank (dspark, vanilla head), or as a linear model (mtp)
     kept_vocabulary      most frequent tokens that the loss is about; 0: all
     samples_per_step, anchors_per_sample
     steps                of the whole run; its last `cooldown` part lowers the learning rate to a tenth
@@ -47,7 +49,8 @@ class TrainSettings:
     rank: int = 64
     head: HeadType = "vanilla"
     mask_token_id: int = 0
-    begin_with_target: bool = True
+    begin_with_target: bool = False
+    begin_with_statistics: bool = True
     kept_vocabulary: int = 8192
     samples_per_step: int = 8
     anchors_per_sample: int = 32
@@ -61,6 +64,7 @@ class TrainSettings:
     cross_entropy: float = 0.1
     l1: float = 0.9
     confidence: float = 1.0
+    soft: float = 0.0
     decay: float = 4.0
     bfloat16: bool = True
     seed: int = 1
@@ -68,10 +72,10 @@ class TrainSettings:
     @property
     def weights(self) -> LossWeights:
         if self.kind == "dspark":
-            return LossWeights(self.cross_entropy, self.l1, self.confidence, self.decay)
+            return LossWeights(self.cross_entropy, self.l1, self.confidence, self.decay, self.soft)
         if self.kind == "dflash":
-            return LossWeights(1.0, 0.0, 0.0, self.decay)
-        return LossWeights(self.cross_entropy, self.l1, 0.0, self.decay)
+            return LossWeights(1.0, 0.0, 0.0, self.decay, self.soft)
+        return LossWeights(self.cross_entropy, self.l1, 0.0, self.decay, self.soft)
 
     def learning_rate_at(self, step: int) -> float:
         """Rises, stays, and falls linearly to a tenth at the end."""

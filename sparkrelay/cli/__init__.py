@@ -32,7 +32,19 @@ EXAMPLES = examples(
 )
 
 # Files of this folder with a function `register(app)`, in the order of `--help`.
-COMMANDS = ("up", "demo", "doctor", "chat", "generate", "models", "sessions", "turns", "workers")
+COMMANDS = (
+    "up",
+    "demo",
+    "doctor",
+    "chat",
+    "generate",
+    "models",
+    "sessions",
+    "turns",
+    "workers",
+    "train",
+    "calibrate",
+)
 
 # Which extra brings the package that an import did not find.
 EXTRA_OF_PACKAGE = {

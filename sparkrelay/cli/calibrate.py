@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from sparkrelay.cli.options import examples, paragraphs
 from sparkrelay.cli.train import progress
 
 if TYPE_CHECKING:
@@ -20,10 +21,11 @@ HELP = """Calibrate the confidences of a trained draft.
 Drafts at every position of answers that the draft was not trained on, compares what its confidence head said with what matched,
 and writes calibration.json beside the draft: one temperature a position, for greedy and for sampled turns.
 """
+EXAMPLES = examples("sparkrelay calibrate work/smollm2", "sparkrelay calibrate work/smollm2 --run other")
 
 
 def register(app: typer.Typer) -> None:
-    app.command("calibrate", help=HELP)(calibrate)
+    app.command("calibrate", help=paragraphs(HELP), epilog=EXAMPLES, rich_help_panel="Train")(calibrate)
 
 
 def calibrate(

@@ -14,6 +14,7 @@ import typer
 
 from sparkrelay.cli.loops import loop_start
 from sparkrelay.cli.models import megabytes
+from sparkrelay.cli.options import examples, paragraphs
 
 if TYPE_CHECKING:
     from drafter_service.training.pipeline import Workspace
@@ -23,13 +24,17 @@ if TYPE_CHECKING:
 HELP = """Train a draft model for a target.
 
 1. The target writes prompts of its own and answers them (and those of --prompts); where it falls into a loop, the rest is cut.
+
 2. What it thought while it read them is computed once and kept on disk.
+
 3. The draft learns to foretell it.
 
 Each step goes on where it was stopped, however it was stopped: give the same command again.
-
-  sparkrelay train work/smollm2 --target smollm2-135m --samples 5000 --set steps=20000 --set rank=64
 """
+EXAMPLES = examples(
+    "sparkrelay train work/smollm2 --target smollm2-135m --samples 5000 --set steps=20000",
+    "sparkrelay train work/smollm2 --kind mtp --run mtp --samples 5000",
+)
 
 REPORT_S = 10.0
 MEAN_SAMPLE_TOKENS = 300
@@ -37,7 +42,7 @@ MEAN_SAMPLE_TOKENS = 300
 
 
 def register(app: typer.Typer) -> None:
-    app.command("train", help=HELP)(train)
+    app.command("train", help=paragraphs(HELP), epilog=EXAMPLES, rich_help_panel="Train")(train)
 
 
 def train(

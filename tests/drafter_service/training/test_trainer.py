@@ -11,18 +11,16 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from drafter_service.models.dspark.checkpoint import read_config, target_tensor, target_vocabulary
-from drafter_service.models.dspark.config import draft_of
-from drafter_service.models.dspark.layers import DraftLayer, RMSNorm
+from drafter_service.models.dspark.checkpoint import target_tensor
+from drafter_service.models.dspark.layers import DraftLayer
 from drafter_service.models.dspark.network import DSparkNetwork
-from drafter_service.models.mtp.network import MtpNetwork, mtp_of
-from drafter_service.training.beginnings import begin_at_random, begin_with_target
 from drafter_service.training.order import HELD_OUT_EVERY, anchors_of, frequent_ids, is_held_out, step_numbers
+from drafter_service.training.pipeline import new_trainee
 from drafter_service.training.rounds import Rounds, match_rates, walk
 from drafter_service.training.samples import Sample
 from drafter_service.training.settings import TrainSettings
 from drafter_service.training.states import ComputedStates
-from drafter_service.training.trainees import BlockTrainee, MtpTrainee, TargetHead, Trainee
+from drafter_service.training.trainees import Trainee
 from drafter_service.training.trainer import TrainData, Trainer
 from drafter_service.training.writer import Assignment, Writer
 from sparkrelay.device.flat_model import FlatCausalLM
@@ -56,34 +54,7 @@ class World:
         self.data = TrainData(self.samples, numbers[4:], numbers[:4], ComputedStates(target, TAPS))
 
     def trainee(self, settings: TrainSettings) -> Trainee:
-        config, vocabulary = read_config(self.folder), target_vocabulary(self.folder)
-        with_heads = settings.kind == "dspark"
-        if settings.kind == "mtp":
-            network: DSparkNetwork | MtpNetwork = MtpNetwork(mtp_of(config))
-        else:
-            network = DSparkNetwork(
-                draft_of(
-                    config,
-                    num_hidden_layers=settings.layers,
-                    target_layer_ids=settings.taps,
-                    mask_token_id=settings.mask_token_id,
-                    block_size=settings.block_size,
-                    markov_rank=settings.rank if with_heads else 0,
-                    enable_confidence_head=with_heads,
-                )
-            )
-        begin_at_random(network, vocabulary, settings.seed)
-        if settings.begin_with_target:
-            begin_with_target(network, self.folder)
-        norm = RMSNorm(network.config.hidden_size, network.config.rms_norm_eps)
-        norm.weight = torch.nn.Parameter(target_tensor(self.folder, "norm.weight"), requires_grad=False)
-        kept = frequent_ids(
-            [self.samples[n] for n in self.data.train_numbers], settings.kept_vocabulary, VOCAB
-        )
-        head = TargetHead(norm, vocabulary.lm_head, torch.from_numpy(kept))
-        if isinstance(network, MtpNetwork):
-            return MtpTrainee(network, head, settings.weights)
-        return BlockTrainee(network, head, settings.weights)
+        return new_trainee(self.folder, settings, self.data)
 
     def trainer(self, settings: TrainSettings, folder: Path) -> Trainer:
         return Trainer(self.trainee(settings), settings, self.data, folder)
@@ -112,11 +83,15 @@ def test_a_killed_run_goes_on_as_if_nothing_had_happened(world: World, tmp_path:
 
 
 @pytest.mark.parametrize("kind", ["dspark", "dflash", "mtp"])
-@pytest.mark.parametrize("begin_with_target", [True, False])
+@pytest.mark.parametrize("beginning", [(False, False), (True, False), (False, True)])
 def test_training_makes_the_draft_better(
-    world: World, tmp_path: Path, kind: str, begin_with_target: bool
+    world: World, tmp_path: Path, kind: str, beginning: tuple[bool, bool]
 ) -> None:
-    trainer = world.trainer(replace(SETTINGS, kind=kind, begin_with_target=begin_with_target), tmp_path)
+    with_target, with_statistics = beginning
+    settings = replace(
+        SETTINGS, kind=kind, begin_with_target=with_target, begin_with_statistics=with_statistics
+    )
+    trainer = world.trainer(settings, tmp_path)
     before = trainer.judge(world.data.train_numbers)
     for _ in range(60):
         report = trainer.train_step()
@@ -130,7 +105,7 @@ def test_training_makes_the_draft_better(
 
 
 def test_a_draft_that_begins_with_the_target_s_last_layer_has_its_weights(world: World) -> None:
-    network = world.trainee(SETTINGS).network
+    network = world.trainee(replace(SETTINGS, begin_with_target=True)).network
     assert isinstance(network, DSparkNetwork)
     layer = network.layers[0]
     assert isinstance(layer, DraftLayer)
