@@ -166,7 +166,7 @@ class House:
         hub, load = self.verifier.servicer._hub, self.verifier.engine.load()
         tasks = len(asyncio.all_tasks())
         counts: dict[str, int] = {
-            "turn permits": self.desk._turn_count,
+            "turn permits": len(self.desk._running),
             "busy sessions": sum(each.busy for each in self.desk.sessions._by_id.values()),
             "watchers": len(self.desk.board._watchers),
             "turns placed": sum(worker.turn_count for worker in self.desk.pool.workers),

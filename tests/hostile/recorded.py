@@ -119,6 +119,7 @@ def _gateway_turns(session_id: str) -> list[Message]:
     request = gateway_pb.GenerateRequest
     return [
         request(tokens=tokens, stop=STOP),
+        request(tokens=tokens, stop=STOP, linger_ms=60, turn_id="a-turn-id-of-a-client-0001"),
         request(model="toy", tokens=tokens, include_rounds=True, logprob_count=2, **fields),
         request(session_id=session_id, tokens=tokens, **fields),
         request(text="Once upon a time", stop=STOP),

@@ -12,6 +12,7 @@ from typing import Any
 
 import grpc
 import grpc.aio
+import pytest
 
 from drafter_service.verifier_link import LinkTimes
 from sparkrelay.frames import (
@@ -37,6 +38,7 @@ from tests.hostile.house import Drafter, house, until
 from tests.hostile.mutations import mutated
 
 COUNT = 10_000 if os.environ.get("SPARKRELAY_FULL") == "1" else 1_000
+pytestmark = pytest.mark.timeout(900 if COUNT == 10_000 else 120)
 SEED = 11_242_026
 SAMPLING = Sampling(temperature=0.5, top_p=0.9, repetition_penalty=1.1, logit_bias=((3, 1.0),), seed=3)
 WELCOME = Welcome(1, "liar", "epoch", b"stream", 64, 15, 1 << 22)
@@ -129,7 +131,7 @@ async def test_spoilt_frames_of_a_verifier_cost_a_drafter_that_link_and_nothing_
         times = LinkTimes(welcome_s=0.5)
         both = Drafter([made.verifier.address, address], "both", times, backoff_ms=(1, 2))
         async with both.running(), made.undisturbed():
-            await until(lambda: liar.sent >= COUNT, limit_s=100)
+            await until(lambda: liar.sent >= COUNT, limit_s=600)
             sessions = both.engine.totals.sessions_by_link
             assert both.dialled[0].status.state.name == "CONNECTED", "the honest verifier kept its link"
             assert len(sessions) <= 2, "no link is left behind"

@@ -27,6 +27,7 @@ from tests.hostile.mutations import mutated
 from tests.hostile.recorded import recorded, services
 
 COUNT = 10_000 if os.environ.get("SPARKRELAY_FULL") == "1" else 1_000
+pytestmark = pytest.mark.timeout(900 if COUNT == 10_000 else 120)
 SEED = 20_261_124
 AT_ONCE = 8
 CALL_S = 20.0

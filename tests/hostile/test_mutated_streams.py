@@ -14,6 +14,7 @@ from typing import Any
 
 import grpc
 import grpc.aio
+import pytest
 
 from sparkrelay.errors import STATUS_OF, refusal_of
 from sparkrelay.frames import (
@@ -38,6 +39,7 @@ from tests.hostile.recorded import feed_frames, hello, recorded
 from tests.verifier_service.servicer_rig import request, token_ids
 
 COUNT = 10_000 if os.environ.get("SPARKRELAY_FULL") == "1" else 1_000
+pytestmark = pytest.mark.timeout(900 if COUNT == 10_000 else 120)
 SEED = 4_112_026
 WAIT_S = 20.0
 GOOD_BEGINNINGS = 0.9
