@@ -15,12 +15,9 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import jinja2
-import jinja2.ext
-import jinja2.nodes
-import jinja2.parser
-import jinja2.sandbox
 
-from sparkrelay.outcomes import FieldViolation, Reason, Refusal
+from gateway.chat_sandbox import ChatEnvironment, TooMuch
+from sparkrelay.outcomes import Refusal, field_refusal
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,36 +40,34 @@ class ChatTemplate:
 
     def __init__(self, source: str, special_tokens: Mapping[str, str], now: Clock) -> None:
         """Raises ValueError, with the line, if the template cannot be compiled."""
-        environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
-            trim_blocks=True,
-            lstrip_blocks=True,
-            extensions=[jinja2.ext.loopcontrols, _GenerationTag],
-        )
-        environment.filters["tojson"] = _tojson
-        environment.globals["raise_exception"] = _raise_exception
-        environment.globals["strftime_now"] = lambda pattern: now().strftime(pattern)
-        try:
-            self._template = environment.from_string(source)
-        except jinja2.TemplateSyntaxError as error:
-            raise ValueError(
-                f"its chat template does not compile: line {error.lineno}: {error.message}"
-            ) from error
+        self._environment = ChatEnvironment()
+        self._environment.filters["tojson"] = _tojson
+        self._environment.globals["raise_exception"] = _raise_exception
+        self._environment.globals["strftime_now"] = lambda pattern: now().strftime(pattern)
+        self._template = self._environment.compiled(source)
         self._special_tokens = dict(special_tokens)
 
     def __call__(self, messages: Sequence[Message]) -> str:
         """The conversation up to where the model's answer begins. Raises Refusal for what the template does not take."""
-        plain = [{"role": message.role, "content": message.content} for message in messages]
+        values = {
+            "messages": [{"role": message.role, "content": message.content} for message in messages],
+            "add_generation_prompt": True,
+            "tools": None,
+            "documents": None,
+            **self._special_tokens,
+        }
         try:
-            return self._template.render(
-                messages=plain, add_generation_prompt=True, tools=None, documents=None, **self._special_tokens
-            )
+            return self._environment.rendered(self._template, values)
+        except TooMuch as error:
+            raise _unfit(f"are more than the model's chat template can do: {error}") from error
         except Exception as error:  # a template may do anything that Python can, so it may fail in any way
-            raise _unfit(f"do not fit the model's chat template: {error}") from error
+            why = str(error) or type(error).__name__
+            raise _unfit(f"do not fit the model's chat template: {why}") from error
 
 
 def load_chat(folder: Path, now: Clock) -> Encoder | None:
     """What turns messages into text for the model in `folder`, None if it has nothing. Raises OSError or ValueError."""
-    encoder = ENCODERS.get(_read_json(folder / "config.json").get("model_type", ""))
+    encoder = ENCODERS.get(str(_read_json(folder / "config.json").get("model_type", "")))
     if encoder is not None:
         return encoder
     config = _read_json(folder / "tokenizer_config.json")
@@ -104,18 +99,17 @@ def _special_tokens(config: Mapping[str, Any]) -> dict[str, str]:
 def _read_json(path: Path) -> dict[str, Any]:
     if not path.is_file():
         return {}
-    content = json.loads(path.read_text(encoding="utf-8"))
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except RecursionError:
+        raise ValueError(f"{path.name} is nested too deeply") from None
     if not isinstance(content, dict):
         raise ValueError(f"{path.name} is no JSON object")
     return content
 
 
 def _unfit(message: str) -> Refusal:
-    return Refusal(
-        Reason.INVALID_FIELD,
-        f"chat.messages: {message}. Send other messages, or plain text.",
-        violations=(FieldViolation("chat.messages", message),),
-    )
+    return field_refusal("chat.messages", f"{message}. Send other messages, or plain text")
 
 
 def _raise_exception(message: str) -> NoReturn:
@@ -127,14 +121,3 @@ def _tojson(
 ) -> str:
     """jinja2's own would escape for HTML, which no model was trained on."""
     return json.dumps(value, indent=indent, ensure_ascii=ensure_ascii, sort_keys=sort_keys)
-
-
-class _GenerationTag(jinja2.ext.Extension):
-    """`{% generation %}` marks what the model wrote, for training; here it is only what stands inside."""
-
-    tags = {"generation"}  # noqa: RUF012  jinja2 declares it so
-
-    def parse(self, parser: jinja2.parser.Parser) -> jinja2.nodes.Node:
-        line = next(parser.stream).lineno
-        body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
-        return jinja2.nodes.Scope(body, lineno=line)

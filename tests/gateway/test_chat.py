@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import json
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -71,6 +72,77 @@ def test_a_role_that_the_template_refuses_is_an_invalid_field() -> None:
 def test_whatever_a_template_does_wrong_is_a_refusal(source: str) -> None:
     with pytest.raises(Refusal):
         render(source, ("user", "hello"))
+
+
+@pytest.mark.parametrize(
+    ("source", "what"),
+    [
+        ("{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}", "steps"),
+        (
+            "{% macro f(n) %}{% if n %}{{ f(n - 1) }}{{ f(n - 1) }}{% endif %}{% endmacro %}{{ f(60) }}",
+            "steps",
+        ),
+        ("{% for i in range(99999) %}{{ messages[0].content * 100 }}{% endfor %}", "characters"),
+        ("{{ 'x' * 10**12 }}", "elements"),
+        ("{{ [0] * 10**12 }}", "elements"),
+        ("{{ 10**12 * 'x' }}", "elements"),
+        ("{{ 9 ** 999999999 }}", "exponent"),
+    ],
+)
+def test_a_template_without_end_is_ended(source: str, what: str) -> None:
+    with pytest.raises(Refusal, match=what) as refused:
+        render(source, ("user", "hello"))
+    assert refused.value.violations[0].field == "chat.messages"
+    assert "plain text" in refused.value.message
+
+
+def test_a_template_cannot_stop_the_counting() -> None:
+    for attempt in ("{% set tick = 0 %}", "{% set environment = none %}", "{% macro tick() %}{% endmacro %}"):
+        with pytest.raises(Refusal, match="steps"):
+            render(
+                attempt + "{% for i in range(99999) %}{% for j in range(99) %}{% endfor %}{% endfor %}",
+                ("user", ""),
+            )
+
+
+def test_two_renderings_at_once_count_for_themselves() -> None:
+    source = (
+        "{% for i in range(10000) %}{% for j in range(9) %}{% endfor %}{% endfor %}{{ messages[0].content }}"
+    )
+    template = ChatTemplate(source, {}, now)
+    with ThreadPoolExecutor(4) as pool:
+        texts = list(pool.map(lambda index: template([Message("user", str(index))]), range(4)))
+    assert texts == ["0", "1", "2", "3"]
+
+
+@pytest.mark.parametrize(
+    "source",
+    ["{% for", "{{ a b }}", "{% if 1 %}" * 200 + "{% endif %}" * 200, "x" * 2_000_000, "{{ " + "(" * 5000],
+)
+def test_whatever_cannot_be_compiled_is_a_value_error_that_says_so(source: str) -> None:
+    with pytest.raises(ValueError, match="its chat template"):
+        ChatTemplate(source, {}, now)
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("config.json", '{"model_type": ["odd"], "x": 1'),
+        ("tokenizer_config.json", "[1]"),
+        ("tokenizer_config.json", "[" * 100_000),
+        ("tokenizer_config.json", '{"chat_template": "{% if %}"}'),
+        ("chat_template.jinja", "{% endfor %}"),
+    ],
+)
+def test_files_that_are_broken_are_a_value_error(tmp_path: Path, name: str, content: str) -> None:
+    (tmp_path / name).write_text(content)
+    with pytest.raises(ValueError, match=r"\w"):
+        load_chat(tmp_path, now)
+
+
+def test_a_model_type_that_is_no_text_is_nobodys(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text('{"model_type": ["odd"]}')
+    assert load_chat(tmp_path, now) is None
 
 
 def test_a_template_that_does_not_compile_names_its_line() -> None:
