@@ -172,6 +172,7 @@ class House:
             "turns placed": sum(worker.turn_count for worker in self.desk.pool.workers),
             "calls": sum(len(worker._calls) for worker in self.desk.pool.workers),
             "turns at the hub": len(hub.turns),
+            "turns that end": len(hub._ending),
             "wishes": len(hub.drafters._wishes),
             "turns in the engine": load.active_turn_count + load.queued_turn_count,
             "foreign links": len(hub._links) - 1,

@@ -155,6 +155,7 @@ async def bombard(made: House, method: MethodDescriptor, seed: int) -> None:
         await asyncio.gather(*workers, return_exceptions=True)
         await caller.close()
     assert sum(caller.outcomes.values()) == COUNT
+    assert made.verifier.crashes == [], name
     assert caller.outcomes["INVALID_FIELD"] > 0, (name, caller.outcomes)
     print(f"{name:32} {time.monotonic() - started_s:5.1f} s {dict(caller.outcomes.most_common())}")
 

@@ -72,6 +72,7 @@ class Hub:
     ) -> None:
         self.drafters = Drafters(new_secret)
         self.turns: dict[str, TurnOutput] = {}
+        self._ending: set[str] = set()  # turns that were cancelled and whose end the engine has not told
         self.idle = asyncio.Event()  # no turn is under way
         self.idle.set()
         self._link_settings = link_settings
@@ -141,6 +142,8 @@ class Hub:
             each.flush()
 
     def _turn_event(self, event: TurnEvent) -> None:
+        if not isinstance(event, TurnAccepted):
+            self._ending.discard(event.turn_id)
         turn = self.turns.get(event.turn_id)
         if turn is not None:
             turn.add(event, len(self.turns))
@@ -194,8 +197,8 @@ class Hub:
     # ---- turns ----------------------------------------------------------------------------------------------------------------
 
     def open_turn(self, command: StartTurn, drafter_ids: tuple[str, ...], output: TurnOutput) -> None:
-        """Starts a turn and invites a drafter for it. Raises Refusal(SESSION_BUSY) if the turn runs already."""
-        if command.turn_id in self.turns:
+        """Starts a turn and invites a drafter for it. Raises Refusal(SESSION_BUSY) if a turn of this id runs, or still ends."""
+        if command.turn_id in self.turns or command.turn_id in self._ending:
             message = f"{command.turn_id} is under way already; wait for its end, or use another id"
             raise field_refusal("turn_id", message, Reason.SESSION_BUSY)
         self.turns[command.turn_id] = output
@@ -212,7 +215,12 @@ class Hub:
         output.close()
         self.drafters.turn_over(command.session_id, command.turn_id)
         if not output.over:
-            self._post((CancelTurn(command.turn_id),))
+            self._cancel(command.turn_id)
+
+    def _cancel(self, turn_id: str) -> None:
+        """What the engine still says of it, and blocks drafted for it, must not be taken for those of a turn of the same id."""
+        self._ending.add(turn_id)
+        self._post((CancelTurn(turn_id),))
 
     def fail_turns(self, refusal: Refusal) -> None:
         """Ends all turns, and forks that are asked for, for the same reason."""
@@ -220,7 +228,7 @@ class Hub:
         for turn_id, output in self.turns.items():
             if not output.over:
                 output.fail(Refusal(refusal.reason, refusal.message))
-                self._post((CancelTurn(turn_id),))
+                self._cancel(turn_id)
 
     def end_session(self, session_id: str) -> None:
         self.drafters.session_over(session_id)
