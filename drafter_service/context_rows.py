@@ -50,6 +50,17 @@ class ContextRows:
         """Forgets the positions from `length` on."""
         self.length = min(self.length, length)
 
+    @property
+    def known_len(self) -> int:
+        """Positions from 0 that have rows, without a gap."""
+        known = self._known[: self.length]
+        return self.length if known.all() else int(known.argmin())
+
+    @property
+    def byte_count(self) -> int:
+        """Memory of the rows, room for more included."""
+        return self._rows.nbytes
+
     def spans(self, start: int, end: int) -> Iterator[RowSpan]:
         """The known rows of positions start ... end - 1, in runs without gaps."""
         known = self._known[start : min(end, self.length)]

@@ -10,10 +10,11 @@ from drafter_service.session import DraftSession
 
 @dataclass(frozen=True, slots=True)
 class KeepLimits:
-    """The most sessions, and the most ids of all of them together. 0 sessions keeps nothing."""
+    """The most sessions, and of all of them together the most ids and bytes of context rows. 0 sessions keeps nothing."""
 
     session_count: int = 1024
     token_count: int = 256 * 2**10
+    row_bytes: int = 256 * 2**20
 
 
 class KeptSessions:
@@ -23,6 +24,7 @@ class KeptSessions:
         self._limits = limits
         self._sessions: OrderedDict[str, DraftSession] = OrderedDict()
         self._token_count = 0
+        self._row_bytes = 0
 
     def __len__(self) -> int:
         return len(self._sessions)
@@ -36,12 +38,10 @@ class KeptSessions:
         """Takes a session in, in the place of an older one of the same name; lets the oldest go beyond the limits."""
         let_go = self.drop(session_id)
         self._sessions[session_id] = session
-        self._token_count += len(session.ids)
-        while (
-            len(self._sessions) > self._limits.session_count or self._token_count > self._limits.token_count
-        ):
+        self._count(session, 1)
+        while self._is_full:
             _, oldest = self._sessions.popitem(last=False)
-            self._token_count -= len(oldest.ids)
+            self._count(oldest, -1)
             let_go.append(oldest.key)
         return let_go
 
@@ -49,8 +49,22 @@ class KeptSessions:
         """Hands a session out, if it is still here."""
         session = self._sessions.pop(session_id, None)
         if session is not None:
-            self._token_count -= len(session.ids)
+            self._count(session, -1)
         return session
+
+    @property
+    def _is_full(self) -> bool:
+        limits = self._limits
+        return (
+            len(self._sessions) > limits.session_count
+            or self._token_count > limits.token_count
+            or self._row_bytes > limits.row_bytes
+        )
+
+    def _count(self, session: DraftSession, sign: int) -> None:
+        """A session comes (1) or goes (-1); what it holds does not change meanwhile."""
+        self._token_count += sign * len(session.ids)
+        self._row_bytes += sign * session.row_bytes
 
     def drop(self, session_id: str) -> list[int]:
         """Forgets a session; an unknown one is no error."""

@@ -220,7 +220,8 @@ class LinkSessions:
             heard.answers.append(leave)
             return
         self._joining[session_id] = session
-        join = Join(session_id, invite.token, len(session.ids), chain_hash(session.ids))
+        held_len = session.held_len
+        join = Join(session_id, invite.token, held_len, chain_hash(session.ids[:held_len]))
         self._side.send(join)
         heard.answers.append(join)
 

@@ -83,6 +83,16 @@ class DraftSession:
             deque()
         )  # (start, ids) committed behind a gap, by position
 
+    @property
+    def held_len(self) -> int:
+        """Ids that need not be brought again. Of a model that reads rows: those whose rows are here."""
+        return len(self.ids) if self.rows is None else min(len(self.ids), self.rows.known_len)
+
+    @property
+    def row_bytes(self) -> int:
+        """Memory of its context rows."""
+        return 0 if self.rows is None else self.rows.byte_count
+
     # ---- events ----------------------------------------------------------------------------------------------------------
 
     def joined(self, membership: Membership, keep_tokens: int) -> None:

@@ -41,6 +41,7 @@ from verifier_service.settings import VerifierSettings
 log = structlog.get_logger(__name__)
 
 TOKENIZER_FILE = "tokenizer.json"
+NO_CONTEXT = "none"
 THREAD_STOP_S = 2.0
 
 
@@ -90,6 +91,7 @@ async def _serve(settings: VerifierSettings) -> int:
         exact=info.exact,
         exact_reason=info.exact_reason,
         numerics=info.numerics,
+        context_hash=info.context.hash if info.context is not None else "",
         depth_policy=settings.depth_policy,
         context_limit=info.context_limit,
         block_count=engine.load().block_count,
@@ -193,11 +195,17 @@ def load_model(settings: VerifierSettings, free: Callable[[], FreeMemory]) -> Ta
 
     free  asks what memory is free, when it is to be known
     """
+    has_context = settings.context != NO_CONTEXT
     if settings.model.partition(":")[0] == "toy":
+        if has_context:
+            raise ValueError(
+                f"context: is {settings.context!r}; a toy makes no rows from a draft: leave it at none"
+            )
         return toy_model(settings.model)
     files = resolve(settings.model)
     require_room_for_weights(files.path, settings.dtype, free())
-    return _load_huggingface(settings, files.name, files.path)
+    context = resolve(settings.context).path if has_context else None
+    return _load_huggingface(settings, files.name, files.path, context)
 
 
 def load_compiler(settings: VerifierSettings, info: ModelInfo) -> TriedCompiler | None:
@@ -213,13 +221,15 @@ def load_compiler(settings: VerifierSettings, info: ModelInfo) -> TriedCompiler 
         return None
 
 
-def _load_huggingface(settings: VerifierSettings, name: str, path: Path) -> TargetModel:
+def _load_huggingface(settings: VerifierSettings, name: str, path: Path, context: Path | None) -> TargetModel:
     import torch
 
     from verifier_service.models.huggingface import HuggingFaceModel
 
     torch.set_num_threads(settings.threads)
-    return HuggingFaceModel.load(path, model_id=name, dtype=settings.dtype, exact=settings.exact)
+    return HuggingFaceModel.load(
+        path, model_id=name, dtype=settings.dtype, exact=settings.exact, context=context
+    )
 
 
 if __name__ == "__main__":

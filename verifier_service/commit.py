@@ -13,8 +13,10 @@ from sparkrelay.outcomes import BlockState, FinishReason, Reason
 from verifier_service.accept import verify_block
 from verifier_service.batch_scheduler import Entry
 from verifier_service.events import BlockDropped, Committed, Event, MemberVerdict, Round, TokenLogprob
+from verifier_service.member_feed import verdict_rows
 from verifier_service.models import FloatRows
 from verifier_service.sequence import Block, Member, Sequence, Turn, usable_part
+from verifier_service.state_memory import StateMemory
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,7 +107,13 @@ def judge_greedy(best: list[int], draft_ids: tuple[int, ...], stop_ids: frozense
 
 
 def commit(
-    entry: Entry, verdict: Verdict, rows: FloatRows, facts: StepFacts, draft_budget: int, events: list[Event]
+    entry: Entry,
+    verdict: Verdict,
+    rows: FloatRows,
+    facts: StepFacts,
+    memory: StateMemory,
+    draft_budget: int,
+    events: list[Event],
 ) -> None:
     """Appends a verdict's tokens to the sequence and tells its caller and its member. There is at least one token.
 
@@ -137,8 +145,11 @@ def commit(
     used = block.sent.base_len if depth and block is not None else 0
     if draft_budget > member.block_size:
         draft_budget = member.block_size
+    context = verdict_rows(sequence, member, memory, base_len, accepted) if member.reads_rows else None
     events.append(
-        MemberVerdict(member.member_id, index, base_len, used, depth, accepted, next_id, draft_budget)
+        MemberVerdict(
+            member.member_id, index, base_len, used, depth, accepted, next_id, draft_budget, context
+        )
     )
     member.known_len = len(sequence.token_ids)
     if block is not None:

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from enum import IntEnum
 
-from sparkrelay.frames import Hello
+from sparkrelay.frames import ContextKind, Hello
 from sparkrelay.outcomes import Reason
 from verifier_service.events import DrafterUnavailable, RemoveMember
 
@@ -37,6 +37,7 @@ class Drafter:
     link_id        its stream, 0 if it has none
     invites        session id -> token of the invitation; a drafter may return to them over a new stream
     block_size     the most tokens of its blocks
+    reads_rows     its draft model reads context rows
     round_trip_us  of its stream; turnaround_us from verdicts to blocks; counts since this service started
     """
 
@@ -48,6 +49,7 @@ class Drafter:
     proposal_kind: str = ""
     link_id: int = 0
     block_size: int = 0
+    reads_rows: bool = False
     invites: dict[str, bytes] = field(default_factory=dict)
     members: set[int] = field(default_factory=set)
     round_trip_us: int = 0
@@ -142,6 +144,7 @@ class Drafters:
         drafter.state, drafter.reason, drafter.message = DrafterState.CONNECTED, Reason.UNSPECIFIED, ""
         drafter.link_id, drafter.block_size = link_id, block_size
         drafter.incarnation, drafter.proposal_kind = hello.incarnation, hello.fingerprint.proposal_kind
+        drafter.reads_rows = hello.fingerprint.context_kind is ContextKind.ROWS
         self._by_link[link_id] = drafter
         for wish in self._wishes.values():
             if (

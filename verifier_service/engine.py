@@ -36,6 +36,7 @@ from verifier_service.events import (
     TurnRefused,
 )
 from verifier_service.forks import fork_session
+from verifier_service.member_feed import feed
 from verifier_service.members import Members
 from verifier_service.models import FloatRows, TargetModel
 from verifier_service.prefix_index import PREFIX_BLOCK
@@ -209,6 +210,9 @@ class Engine:
             entry = entries[index]
             sequence = entry.sequence
             sequence.state_len += len(entry.segment.token_ids)
+            member = sequence.member
+            if member is not None and member.known_len < len(sequence.token_ids):
+                feed(sequence, self._memory, events)
             if verdict is not None:
                 rows = logits[starts[index] : starts[index + 1]]
                 self._commit(entry, verdict, rows, facts, policy_budget, events)
@@ -234,7 +238,7 @@ class Engine:
         over = verdict.stopped or new_len >= turn.end_len or verdict.failure is not None
         if token_count:
             budget = 0 if over else turn.draft_budget(policy_budget, new_len)
-            commit(entry, verdict, rows, facts, budget, events)
+            commit(entry, verdict, rows, facts, self._memory, budget, events)
             self._committed_token_count += token_count
         if sequence.state_len >= new_len:
             self._memory.rewind(sequence, new_len - 1)
@@ -304,7 +308,7 @@ class Engine:
     def _introduce(self, sequence: Sequence, events: list[Event]) -> None:
         if sequence.turn is not None:
             budget = sequence.turn.draft_budget(self._scheduler.draft_budget(), sequence.base_len)
-            turns.introduce_turn(sequence, budget, events)
+            turns.introduce_turn(sequence, self._memory, budget, events)
 
     def _cancel_turn(self, command: CancelTurn, events: list[Event]) -> None:
         sequence = self._turns.get(command.turn_id)

@@ -85,7 +85,10 @@ class ForkSession:
 
 @dataclass(frozen=True, slots=True)
 class AddMember:
-    """A drafter joins; an earlier member of the session is superseded."""
+    """A drafter joins; an earlier member of the session is superseded.
+
+    reads_rows  it is to be sent context rows with the tokens; what it holds, it holds with their rows
+    """
 
     session_id: str
     member_id: int
@@ -93,6 +96,7 @@ class AddMember:
     tokens_held: int
     held_hash: bytes
     block_size: int
+    reads_rows: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -280,7 +284,8 @@ class MemberRewound:
 
 @dataclass(frozen=True, slots=True)
 class MemberContext:
-    """Committed ids the member lacks, from `start` on. rows, later: context rows from rows_start on."""
+    """Committed ids the member lacks, from `start` on. rows: [n, width] words of their context rows, from rows_start on;
+    None for a member that reads none, and for a last id whose row is still to be made."""
 
     member_id: int
     start: int

@@ -26,7 +26,9 @@ class Members:
         assert command.member_id not in self._sessions, "a member's number was used again"
         self.remove_from(sequence, Reason.SUPERSEDED, "another drafter joined this session", events)
         held = command.tokens_held if sequence.has_prefix(command.tokens_held, command.held_hash) else 0
-        sequence.member = Member(command.member_id, command.drafter_id, command.block_size, held)
+        sequence.member = Member(
+            command.member_id, command.drafter_id, command.block_size, held, command.reads_rows, held
+        )
         self._sessions[command.member_id] = sequence
         if sequence.turn is not None:
             sequence.turn.wait.renew()

@@ -58,11 +58,14 @@ class PrefixIndex:
     """Its owner calls `follow` whenever a sequence's state has grown or shrunk, before the ids behind it change.
 
     There is one entry a full block of state, so it is bounded by the state memory: some 400 bytes for 16 tokens.
+
+    key  what state is made of beside the tokens: the hash of the projector whose context rows lie in it
     """
 
-    __slots__ = ("_held", "_holders")
+    __slots__ = ("_held", "_holders", "_key")
 
-    def __init__(self) -> None:
+    def __init__(self, key: bytes = b"") -> None:
+        self._key = key
         self._held: dict[int, _Held] = {}  # sequence id |-> its links; no one without links
         self._holders: dict[bytes, dict[int, None]] = {}  # link |-> ids of those who have it, the latest last
 
@@ -81,7 +84,7 @@ class PrefixIndex:
         for _ in range(len(held.links) - block_count):
             self._drop(held.links.pop(), holder.sequence_id)
         for index in range(len(held.links), block_count):
-            before = held.links[-1] if held.links else _root(holder.salt)
+            before = held.links[-1] if held.links else self._root(holder.salt)
             link = _link(before, holder.token_ids, index)
             held.links.append(link)
             self._holders.setdefault(link, {})[holder.sequence_id] = None
@@ -96,7 +99,7 @@ class PrefixIndex:
         """
         held = self._held.get(own.sequence_id) if own is not None else None
         links = held.links if held is not None else []
-        link = links[-1] if links else _root(salt)
+        link = links[-1] if links else self._root(salt)
         holders: dict[int, None] = {}
         block_count = len(links)
         # Whoever has a link has all before it, so the first one that nobody has ends the longest.
@@ -125,6 +128,9 @@ class PrefixIndex:
                 return Hit(holder.sequence_id, length)
         return None
 
+    def _root(self, salt: bytes) -> bytes:
+        return hashlib.sha256(self._key + salt).digest()[:_LINK_BYTES]
+
     def _drop(self, link: bytes, sequence_id: int) -> None:
         holders = self._holders[link]
         del holders[sequence_id]
@@ -136,7 +142,7 @@ class PrefixIndex:
         expected: dict[bytes, set[int]] = {}
         for holder in holders:
             links = []
-            link = _root(holder.salt)
+            link = self._root(holder.salt)
             for index in range(holder.state_len // PREFIX_BLOCK):
                 link = _link(link, holder.token_ids, index)
                 links.append(link)
@@ -149,10 +155,6 @@ class PrefixIndex:
         assert {link: set(ids) for link, ids in self._holders.items()} == expected, (
             "an entry outlived its state"
         )
-
-
-def _root(salt: bytes) -> bytes:
-    return hashlib.sha256(salt).digest()[:_LINK_BYTES]
 
 
 def _link(before: bytes, token_ids: Ordered[int], index: int) -> bytes:

@@ -64,12 +64,19 @@ def is_spent(sent: BlockArrived, committed_ids: list[int]) -> bool:
 
 @dataclass(slots=True, eq=False)
 class Member:
-    """A drafter's membership. `known_len`: how many of the committed tokens it holds or was sent."""
+    """A drafter's membership.
+
+    known_len   how many of the committed tokens it holds or was sent
+    reads_rows  its draft model reads context rows
+    rows_len    then: how many positions, from 0, it holds the rows of or was sent them
+    """
 
     member_id: int
     drafter_id: str
     block_size: int
     known_len: int
+    reads_rows: bool = False
+    rows_len: int = 0
 
 
 @dataclass(slots=True, eq=False)
@@ -205,4 +212,14 @@ class Sequence:
             )
             assert len(turn.block.token_ids) == len(turn.block.confidences) > 0
         if self.member is not None:
-            assert self.member.known_len == self.base_len, f"{self.session_id}: its member lacks tokens"
+            self._check_member(self.member)
+
+    def _check_member(self, member: Member) -> None:
+        if not member.reads_rows:
+            assert member.known_len == self.base_len, f"{self.session_id}: its member lacks tokens"
+            return
+        # Its tokens come with their rows, so no sooner than they are read, and no later.
+        assert min(self.base_len, self.state_len) <= member.known_len <= self.base_len, (
+            f"{self.session_id}: its member lacks tokens"
+        )
+        assert member.rows_len >= member.known_len - 1, f"{self.session_id}: its member lacks rows"

@@ -44,6 +44,11 @@ class VerifierSettings(ServiceSettings):
         min_length=1,
         description="The target: a name of the catalogue, a folder, a hub id, or toy, toy:free (no weights, for trying out).",
     )
+    context: str = Field(
+        "none",
+        min_length=1,
+        description="The draft whose context rows this verifier makes for drafters: its folder or name, or none.",
+    )
     dtype: Literal["bfloat16", "float32"] = Field("bfloat16", description="Type to compute in.")
     exact: bool = Field(
         True,

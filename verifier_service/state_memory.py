@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence as Ordered
 
 from verifier_service.block_manager import BlockManager
-from verifier_service.models import TargetModel
+from verifier_service.models import ContextWords, TargetModel
 from verifier_service.prefix_index import PREFIX_BLOCK, PrefixIndex
 from verifier_service.sequence import Sequence
 
@@ -37,7 +37,8 @@ class StateMemory:
     def __init__(self, model: TargetModel, block_count: int, leftover_limit: int = 0) -> None:
         self._model = model
         self._blocks = BlockManager(block_count, model.info.block_tokens)
-        self._prefixes = PrefixIndex()
+        context = model.info.context
+        self._prefixes = PrefixIndex(context.hash.encode() if context is not None else b"")
         self._leftover_limit = leftover_limit
         # By sequence id, oldest first: sequences with state that are not running; and those of them whose session has ended.
         self._resting: dict[int, Sequence] = {}
@@ -103,6 +104,11 @@ class StateMemory:
     def grown(self, sequence: Sequence) -> None:
         """The sequence remembers more: its tokens up to state_len are final, and a beginning for others from now on."""
         self._prefixes.follow(sequence)
+
+    def context_rows(self, sequence: Sequence, start: int, end: int) -> ContextWords:
+        """[end - start, width] the context rows of these positions, which the sequence remembers."""
+        assert 0 <= start <= end <= sequence.state_len, "rows of positions that are not remembered"
+        return self._model.context_rows(sequence.sequence_id, start, end)
 
     # ---- one sequence's state for another ---------------------------------------------------------------------------
 

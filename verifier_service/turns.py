@@ -10,8 +10,6 @@ from sparkrelay.outcomes import FinishReason, Reason
 from sparkrelay.sampling import Sampling
 from verifier_service.events import (
     Event,
-    MemberContext,
-    MemberRewound,
     MemberTurnEnded,
     MemberTurnStarted,
     StartTurn,
@@ -19,6 +17,7 @@ from verifier_service.events import (
     TurnOver,
     TurnRefused,
 )
+from verifier_service.member_feed import feed, rewind, settle
 from verifier_service.sequence import Sequence, Turn, Wait
 from verifier_service.state_memory import StateMemory
 
@@ -95,7 +94,6 @@ def open_turn(
     """
     command = sequence.requested
     assert command is not None and sequence.turn is None
-    old_len = sequence.base_len
     sequence.rewrite(command.keep_len, command.append_ids)
     # The anchor's logits are needed, so at least the anchor is read, even if its state is there.
     memory.rewind(sequence, min(command.keep_len, sequence.base_len - 1))
@@ -113,10 +111,7 @@ def open_turn(
         rested_us=now_us,
     )
     events.append(TurnAccepted(command.turn_id, command.output_start, cached_count))
-    member = sequence.member
-    if member is not None and command.keep_len < old_len and member.known_len > command.keep_len:
-        member.known_len = command.keep_len
-        events.append(MemberRewound(member.member_id, command.keep_len))
+    rewind(sequence, command.keep_len, events)
 
 
 def _chooser_of(sequence: Sequence, command: StartTurn) -> Chooser | None:
@@ -138,8 +133,8 @@ def is_plain_greedy(sampling: Sampling) -> bool:
     )
 
 
-def introduce_turn(sequence: Sequence, draft_budget: int, events: list[Event]) -> None:
-    """Tells the member that a turn runs, and the tokens it lacks. No member, or no turn: nothing to tell."""
+def introduce_turn(sequence: Sequence, memory: StateMemory, draft_budget: int, events: list[Event]) -> None:
+    """Tells the member that a turn runs, and what it lacks. No member, or no turn: nothing to tell."""
     member, turn = sequence.member, sequence.turn
     if member is None or turn is None:
         return
@@ -156,10 +151,7 @@ def introduce_turn(sequence: Sequence, draft_budget: int, events: list[Event]) -
             draft_budget=min(draft_budget, member.block_size),
         )
     )
-    if member.known_len < base_len:
-        lacking = tuple(sequence.token_ids[member.known_len :])
-        events.append(MemberContext(member.member_id, member.known_len, lacking))
-        member.known_len = base_len
+    feed(sequence, memory, events)
 
 
 def close_turn(sequence: Sequence, reason: FinishReason, events: list[Event]) -> None:
@@ -190,5 +182,6 @@ def break_turn(sequence: Sequence, reason: Reason, message: str, events: list[Ev
 
 def _forget_turn(sequence: Sequence, turn: Turn, reason: FinishReason, events: list[Event]) -> None:
     if sequence.member is not None:
+        settle(sequence, events)
         events.append(MemberTurnEnded(sequence.member.member_id, turn.command.turn_id, reason))
     sequence.turn = None

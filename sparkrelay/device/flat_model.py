@@ -154,7 +154,7 @@ class FlatCausalLM:
 
     @torch.inference_mode()
     def forward_with_taps(self, batch: FlatBatch, taps: Sequence[int]) -> FlatOutput:
-        """As `forward`, with the hidden states that leave the layers numbered in `taps`, of all rows."""
+        """As `forward`, with the hidden states that leave the layers numbered in `taps`, of all rows; -1 is the embedding."""
         row_count, kept_count = len(batch.token_ids), len(batch.kept_rows)
         padded_count = round_up(row_count, self._row_multiple)
         step = AttentionStep(
@@ -209,7 +209,7 @@ class FlatCausalLM:
             hidden[layer] = output[0] if isinstance(output, tuple) else output
 
         hooks = [
-            layers[layer].register_forward_hook(
+            (self._model.get_input_embeddings() if layer < 0 else layers[layer]).register_forward_hook(
                 lambda module, given, output, layer=layer: keep(layer, output)
             )
             for layer in taps

@@ -739,7 +739,7 @@ class Join(_message.Message):
     token: _builtins.bytes
     """The invite's token."""
     tokens_held: _builtins.int
-    """Ids of this session that the drafter holds from before."""
+    """Ids of this session that the drafter holds from before; if it reads context rows, those that it holds with their rows."""
     held_hash: _builtins.bytes
     """Their chain hash; empty if none."""
     def __init__(

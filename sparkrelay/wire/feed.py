@@ -71,8 +71,12 @@ def _context(pb: pb2.Context) -> Context:
             "context", f"has {len(token_ids)} ids from {pb.start}; at least one is needed, none negative"
         )
     rows = tensor(pb.rows) if pb.HasField("rows") else None
-    if rows is not None and (rows.ndim != 2 or pb.rows_start < 0):
+    if rows is not None and (
+        rows.ndim != 2 or not pb.start <= pb.rows_start <= pb.start + len(token_ids) - len(rows)
+    ):
         raise invalid(
-            "context.rows", f"has shape {list(rows.shape)} from {pb.rows_start}; [count, width] is needed"
+            "context.rows",
+            f"has shape {list(rows.shape)} from {pb.rows_start}; [count, width] of positions of the {len(token_ids)} ids "
+            f"from {pb.start} is needed",
         )
     return Context(pb.handle, pb.start, token_ids, pb.rows_start, rows)

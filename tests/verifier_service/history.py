@@ -22,6 +22,7 @@ from tests.verifier_service.history_views import (
     MemberView,
     TurnView,
     beginning,
+    rows_of,
 )
 from tests.verifier_service.plain_decoder import decode
 from verifier_service.depth_policies import parse_depth_policy
@@ -52,14 +53,17 @@ from verifier_service.events import (
     TurnOver,
     TurnRefused,
 )
-from verifier_service.models.toy import SnapshotToyModel, ToyModel
+from verifier_service.models.toy import TOY_CONTEXT, SnapshotToyModel, ToyModel
 
 
 class History:
     def __init__(self, seed: int) -> None:
         self.random = random.Random(seed)
         kind = self.random.choice((ToyModel, SnapshotToyModel))
-        self.model = kind(vocab_size=VOCAB, context_limit=CONTEXT_LIMIT, block_tokens=BLOCK_TOKENS)
+        self.context = self.random.choice((None, TOY_CONTEXT))
+        self.model = kind(
+            vocab_size=VOCAB, context_limit=CONTEXT_LIMIT, block_tokens=BLOCK_TOKENS, context=self.context
+        )
         self.block_count = self.random.choice((10, 14, 40))
         self.engine = Engine(
             self.model,
@@ -175,15 +179,18 @@ class History:
         held = rng.randint(0, len(ids))
         held_hash = chain_hash(ids[:held]) if rng.random() < 0.7 else b"0123456789abcdef"
         member_id = next(self._numbers)
-        self.members[member_id] = MemberView(session_id, ids=ids[:held])
+        reads_rows = self.context is not None and rng.random() < 0.7
+        rows = dict(rows_of(ids[:held])) if reads_rows else None
+        self.members[member_id] = MemberView(session_id, ids=ids[:held], rows=rows)
+        block_size = rng.choice((1, 4, 15))
         return AddMember(
-            session_id, member_id, f"drafter-{member_id}", held, held_hash, rng.choice((1, 4, 15))
+            session_id, member_id, f"drafter-{member_id}", held, held_hash, block_size, reads_rows
         )
 
     def _draft(self) -> None:
         """A drafter that is up to date makes a block: right, half right, random, stale or hostile. It travels a while."""
         rng = self.random
-        able = [(i, m) for i, m in self.members.items() if m.turn_id in self.turns]
+        able = [(i, m) for i, m in self.members.items() if m.turn_id in self.turns and not m.awaited_len]
         if not able:
             return
         member_id, member = rng.choice(able)
@@ -241,7 +248,18 @@ class History:
         for member in self.members.values():
             if member.turn_id and not member.awaited_len:
                 assert member.ids == self.ids[member.session_id], "a drafter was not told everything"
+                self._check_rows(member)
         return result.next_due_us
+
+    def _check_rows(self, member: MemberView) -> None:
+        """A drafter that reads rows has those of a straight run: of all positions but the last, which may have one too."""
+        if member.rows is None:
+            return
+        expected = rows_of(member.ids)
+        last = len(member.ids) - 1
+        assert {**expected, **member.rows} == expected, "a row is not the one of a straight run"
+        assert expected.keys() - member.rows.keys() <= {last}, "a row is missing"
+        self.counts["rows checked"] += 1
 
     def _accepted(self, event: TurnAccepted) -> None:
         turn = self.turns[event.turn_id]
@@ -327,7 +345,7 @@ class History:
             assert not member.added and event.keep_tokens in (0, len(member.ids))
             self.counts["joined"] += 1
             member.added = True
-            del member.ids[event.keep_tokens :]
+            member.cut(event.keep_tokens)
 
     def _removed(self, event: MemberRemoved) -> None:
         self.members.pop(event.member_id, None)
@@ -344,17 +362,24 @@ class History:
         if member is not None:
             assert not member.turn_id and event.length < len(member.ids)
             self.counts["drafter rewound"] += 1
-            del member.ids[event.length :]
+            member.cut(event.length)
 
     def _context(self, event: MemberContext) -> None:
         member = self._member(event.member_id)
         if member is not None:
-            assert (
-                event.start == len(member.ids)
-                and len(member.ids) + len(event.token_ids) == member.awaited_len
-            )
+            assert event.start == len(member.ids) and event.token_ids
             member.ids.extend(event.token_ids)
-            member.awaited_len = 0
+            assert len(member.ids) <= member.awaited_len
+            if event.rows is not None:
+                assert event.start <= event.rows_start
+                assert event.rows_start + len(event.rows) <= len(member.ids)
+                self.counts["rows fed"] += len(event.rows)
+                self.counts["fed in part"] += len(member.ids) < member.awaited_len
+            member.take_rows(event.rows_start, event.rows)
+            if len(member.ids) == member.awaited_len:
+                member.awaited_len = 0
+            else:
+                assert member.rows is not None, "the ids alone come at one go"
 
     def _verdict(self, event: MemberVerdict) -> None:
         """The drafter knows the accepted tokens from the block that the verdict names."""
@@ -369,6 +394,10 @@ class History:
             named = [b.token_ids[offset:] for b in member.blocks if b.base_len == event.block_base_len]
             accepted = tuple(truth[: event.accepted_count])
             assert any(ids[: event.accepted_count] == accepted for ids in named), "no block that was sent"
+        if member.rows is not None:
+            assert len(event.rows) == event.accepted_count + 1
+            self.counts["rows of verdicts"] += len(event.rows)
+        member.take_rows(event.base_len - 1, event.rows)
         member.ids.extend(truth[: event.accepted_count])
         if event.next_token_id >= 0:
             member.ids.append(event.next_token_id)

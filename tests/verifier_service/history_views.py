@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import functools
 import random
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from typing import Any
 
 from sparkrelay.sampling import Sampling
 from verifier_service.events import BlockArrived, StartTurn
+from verifier_service.models.toy import toy_rows_of
 
 VOCAB = 16
 SESSIONS = ("a", "b", "c", "d")
@@ -53,6 +56,29 @@ class MemberView:
     turn_id: str = ""
     awaited_len: int = 0
     blocks: list[BlockArrived] = field(default_factory=list)
+    rows: dict[int, bytes] | None = None
+    """By position, of a drafter that reads context rows."""
+
+    def cut(self, length: int) -> None:
+        del self.ids[length:]
+        if self.rows is not None:
+            self.rows = {position: row for position, row in self.rows.items() if position < length}
+
+    def take_rows(self, start: int, rows: Any) -> None:
+        """Rows [n, width] of positions start ..."""
+        assert (rows is None) or self.rows is not None, "rows for a drafter that reads none"
+        if self.rows is not None and rows is not None:
+            self.rows.update((start + index, row.tobytes()) for index, row in enumerate(rows))
+
+
+def rows_of(token_ids: list[int]) -> dict[int, bytes]:
+    """By position, the rows of a text that was read at one go."""
+    return _rows_of(tuple(token_ids))
+
+
+@functools.lru_cache(64)
+def _rows_of(token_ids: tuple[int, ...]) -> dict[int, bytes]:
+    return {position: row.tobytes() for position, row in enumerate(toy_rows_of(token_ids))}
 
 
 def beginning(rng: random.Random, conversations: Iterable[list[int]]) -> list[int]:

@@ -18,6 +18,22 @@ import numpy.typing as npt
 from verifier_service.ragged_batch import RaggedBatch
 
 FloatRows = npt.NDArray[np.float32]
+ContextWords = npt.NDArray[np.uint16]
+"""Context rows as the wire carries them: [n, width], bfloat16 as 16-bit words."""
+
+
+@dataclass(frozen=True, slots=True)
+class ContextInfo:
+    """What makes a target's context rows: the names are those of `frames.Fingerprint`.
+
+    tap_layers  whose outputs are read, in this order
+    width       elements of a row
+    hash        sha256 of the projector, hex; a draft was trained with one of them
+    """
+
+    tap_layers: tuple[int, ...]
+    width: int
+    hash: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,6 +51,7 @@ class ModelInfo:
     exact_reason          why not, if not
     numerics              hash of a fixed forward's logits: equal hashes, equal bits
     tokenizer_hash        sha256 of tokenizer.json, "" for a model without text
+    context               what drafters may read of it beside the tokens; None: nothing
     """
 
     model_id: str
@@ -48,6 +65,7 @@ class ModelInfo:
     exact_reason: str
     numerics: str
     tokenizer_hash: str
+    context: ContextInfo | None = None
 
 
 class TargetModel(Protocol):
@@ -77,6 +95,12 @@ class TargetModel(Protocol):
 
     def close(self, sequence_id: int) -> None:
         """Forgets the sequence and its room."""
+
+    def context_rows(self, sequence_id: int, start: int, end: int) -> ContextWords:
+        """[end - start, width] a copy of the context rows of these positions, all of which it remembers.
+
+        Only of a model whose info has a context. Rows live and die with the memory of their positions.
+        """
 
     def forward(self, batch: RaggedBatch) -> FloatRows:
         """Runs every row, remembers it, and returns the float32 logits of the batch's logit rows: [len(logit_rows), vocab]."""

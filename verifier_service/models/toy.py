@@ -2,17 +2,19 @@
 
 `toy`       small, surprising enough to be a language, predictable enough that an n-gram drafter is right now and then. Its
             logits come from what it remembers, so an engine that rewinds, resizes or positions wrongly gets other tokens
+`toy:rows`  the same with context rows of four words, a number for all tokens so far: whoever holds them can be checked
 `toy:free`  counts in a circle; its forward costs next to nothing, for measuring everything but the target
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from itertools import accumulate
 
 import numpy as np
 
-from verifier_service.models import FloatRows, ModelInfo
+from verifier_service.models import ContextInfo, ContextWords, FloatRows, ModelInfo
 from verifier_service.ragged_batch import RaggedBatch, Segment
 
 TOY_VOCAB_SIZE = 64
@@ -20,15 +22,18 @@ _FREE_VOCAB_SIZE = 16
 _PAIRS = 29  # rows of logits chosen by the last two tokens: few, so that texts repeat themselves
 _WHOLES = 31  # rows of logits chosen by all tokens so far
 _MASK = 2**64 - 1
+TOY_CONTEXT = ContextInfo(tap_layers=(0,), width=4, hash="toy-rows-1")
 
 
 def toy_model(name: str) -> ToyModel | FreeToyModel:
     """The toy of this name. Raises ValueError that says which there are."""
     if name == "toy":
         return ToyModel()
+    if name == "toy:rows":
+        return ToyModel(context=TOY_CONTEXT)
     if name == "toy:free":
         return FreeToyModel()
-    raise ValueError(f"model: is {name!r}; the toy models are toy and toy:free")
+    raise ValueError(f"model: is {name!r}; the toy models are toy, toy:rows and toy:free")
 
 
 @dataclass(slots=True)
@@ -53,9 +58,11 @@ class ToyModel:
         context_limit: int = 4096,
         block_tokens: int = 16,
         seed: int = 1,
+        context: ContextInfo | None = None,
     ) -> None:
         assert vocab_size >= 8
-        self._info = _info("toy", vocab_size, context_limit, block_tokens, (0,), f"toy-1-{vocab_size}-{seed}")
+        info = _info("toy", vocab_size, context_limit, block_tokens, (0,), f"toy-1-{vocab_size}-{seed}")
+        self._info = replace(info, context=context)
         self._tables = _tables(vocab_size, seed)
         self._memories: dict[int, _Memory] = {}
 
@@ -90,6 +97,9 @@ class ToyModel:
     def close(self, sequence_id: int) -> None:
         del self._memories[sequence_id]
 
+    def context_rows(self, sequence_id: int, start: int, end: int) -> ContextWords:
+        return toy_rows(self._memories[sequence_id].hashes[start:end])
+
     def forward(self, batch: RaggedBatch) -> FloatRows:
         wanted: list[int] = []
         for segment in batch.segments:
@@ -103,9 +113,8 @@ class ToyModel:
         assert segment.start + segment.row_count <= memory.capacity, "a segment must have room"
         for token_id in segment.token_ids:
             assert 0 <= token_id < self._info.vocab_size, "an id outside the vocabulary"
-            before = memory.hashes[-1] if memory.hashes else 0
             memory.token_ids.append(token_id)
-            memory.hashes.append((before * 6364136223846793005 + token_id + 1442695040888963407) & _MASK)
+            memory.hashes.append(_hash(memory.hashes[-1] if memory.hashes else 0, token_id))
         end = len(memory.token_ids)
         return [self._table_row(memory, position) for position in range(end - segment.logit_count, end)]
 
@@ -165,9 +174,26 @@ class FreeToyModel:
     def close(self, sequence_id: int) -> None:
         pass
 
+    def context_rows(self, sequence_id: int, start: int, end: int) -> ContextWords:
+        raise AssertionError("it has none")
+
     def forward(self, batch: RaggedBatch) -> FloatRows:
         rows: FloatRows = self._table[batch.token_ids[batch.logit_rows]]
         return rows
+
+
+def _hash(before: int, token_id: int) -> int:
+    return (before * 6364136223846793005 + token_id + 1442695040888963407) & _MASK
+
+
+def toy_rows_of(token_ids: Sequence[int]) -> ContextWords:
+    """[n, 4] the context rows of a text, from its tokens alone."""
+    return toy_rows(list(accumulate(token_ids, _hash, initial=0))[1:])
+
+
+def toy_rows(hashes: Sequence[int]) -> ContextWords:
+    """[n, 4] 64 bits of hash each, as words."""
+    return np.array(hashes, dtype="<u8").view("<u2").reshape(-1, TOY_CONTEXT.width)
 
 
 def _tables(vocab_size: int, seed: int) -> FloatRows:

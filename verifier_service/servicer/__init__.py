@@ -11,7 +11,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections.abc import AsyncIterator, Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import grpc.aio
@@ -54,13 +54,23 @@ class VerifierIdentity:
     @property
     def fingerprint(self) -> Fingerprint:
         """What its drafters must fit."""
-        return Fingerprint(
+        context = self.info.context
+        tokens_only = Fingerprint(
             target_id=self.info.model_id,
             tokenizer_hash=self.info.tokenizer_hash,
             vocab_size=self.info.vocab_size,
             block_size=BLOCK_LIMIT,
             context_kind=ContextKind.TOKENS,
             noise_versions=(NOISE_VERSION,),
+        )
+        if context is None:
+            return tokens_only
+        return replace(
+            tokens_only,
+            context_kind=ContextKind.ROWS,
+            tap_layers=context.tap_layers,
+            context_width=context.width,
+            context_hash=context.hash,
         )
 
     @property

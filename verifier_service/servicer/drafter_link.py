@@ -49,6 +49,7 @@ from sparkrelay.protocol.verifier_side import Stream
 from verifier_service.context_feed import ContextFeed
 from verifier_service.drafters import Drafter
 from verifier_service.events import BlockArrived
+from verifier_service.servicer.verdict_frames import verdict_frames
 
 MERGED_ENTRIES = 1024  # verdicts of one frame
 OUTBOX_LIMIT = 1024  # frames that may wait for a drafter that does not read
@@ -315,25 +316,25 @@ class DrafterLink:
     def flush(self) -> None:
         """The step is over: its verdicts go out in one frame, then what had to wait for them."""
         if self._verdicts:
-            frame = Verdicts(tuple(self._verdicts))
+            verdicts, self._verdicts = self._verdicts, []
             after, self._after = self._after, []
-            self._verdicts.clear()
             self._judged.clear()
-            self.side.send(frame)
-            self._queue(frame)
+            for frame in verdict_frames(verdicts):
+                self.side.send(frame)
+                self._queue(frame)
             for each in after:
                 self.say(each)
             if self._drafter is not None:
-                self._drafter.verified_count += sum([verdict.depth for verdict in frame.entries])
-                self._drafter.accepted_count += sum([verdict.accepted_count for verdict in frame.entries])
-            if any(verdict.draft_budget for verdict in frame.entries):
+                self._drafter.verified_count += sum([verdict.depth for verdict in verdicts])
+                self._drafter.accepted_count += sum([verdict.accepted_count for verdict in verdicts])
+            if any(verdict.draft_budget for verdict in verdicts):
                 self._judged_at_s = self._now_s()
         if self.side.ping_wanted:
             self.say(self._keepalive.ping(self._now_s()))
 
     def _queue(self, frame: VerifierFrame) -> None:
         last = self.outbox[-1] if self.outbox else None
-        if isinstance(frame, Verdicts) and isinstance(last, Verdicts):
+        if isinstance(frame, Verdicts) and isinstance(last, Verdicts) and frame.entries[0].rows is None:
             entries = last.entries + frame.entries  # the drafter is behind: steps that wait travel together
             if len(entries) <= MERGED_ENTRIES:
                 self.outbox[-1] = Verdicts(entries)

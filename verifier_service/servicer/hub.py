@@ -293,7 +293,7 @@ class Hub:
         return self._drafter_of(link)
 
     def join_asked(self, link: DrafterLink, decision: JoinAsked) -> None:
-        join, block_size = decision.join, self._drafter_of(link).block_size
+        join, drafter = decision.join, self._drafter_of(link)
         member = self.drafters.join(link.link_id, join.session_id)
         self._link_of[member.member_id] = link
         self._post(
@@ -304,7 +304,8 @@ class Hub:
                     drafter_id=member.drafter_id,
                     tokens_held=join.tokens_held,
                     held_hash=join.held_hash,
-                    block_size=block_size,
+                    block_size=drafter.block_size,
+                    reads_rows=drafter.reads_rows,
                 ),
             )
         )
