@@ -251,3 +251,15 @@ def test_context_rows_travel_with_the_verdicts_they_belong_to() -> None:
     short.verdicts.accepted_counts[0] = 0
     with pytest.raises(Refusal, match="rows"):
         wire.verifier_frame(short)
+
+
+@pytest.mark.parametrize(("rows_start", "row_count"), [(4, 1), (5, 4), (7, 2), (9, 0), (2**31 - 1, 1)])
+def test_rows_of_positions_that_a_context_frame_does_not_have_are_refused(
+    rows_start: int, row_count: int
+) -> None:
+    rows = np.zeros((row_count, 3), np.uint16)
+    message = wire.feed_response_pb(Context(1, 5, (1, 2, 3), rows_start, rows))
+    with pytest.raises(Refusal, match=r"context\.rows"):
+        wire.feed_response(message)
+    fitting = wire.feed_response_pb(Context(1, 5, (1, 2, 3), 6, np.zeros((2, 3), np.uint16)))
+    assert wire.feed_response(fitting) == Context(1, 5, (1, 2, 3), 6)

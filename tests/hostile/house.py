@@ -23,7 +23,7 @@ from drafter_service.backoff import Backoff
 from drafter_service.engine import DraftEngine
 from drafter_service.events import Command, Event
 from drafter_service.links import Links, LinkState
-from drafter_service.models import ModelOptions, load_model
+from drafter_service.models import DraftModel, ModelOptions, load_model
 from drafter_service.servicer import DrafterServicer
 from drafter_service.verifier_link import LinkTimes, VerifierLink
 from gateway.servicer import AdminServicer, FrontDesk, GatewayServicer, Outside
@@ -57,8 +57,9 @@ class Drafter:
         name: str,
         times: LinkTimes | None = None,
         backoff_ms: tuple[int, int] = (20, 100),
+        model: DraftModel | None = None,
     ) -> None:
-        model = load_model("ngram", ModelOptions(block_size=7)).model
+        model = model or load_model("ngram", ModelOptions(block_size=7)).model
         hello = Hello(1, 1, name, "run", model.fingerprint)
         self.engine = DraftEngine(model, hello, clock_us)
         self.crashes: list[BaseException] = []

@@ -92,5 +92,5 @@ def test_the_free_toy_counts_in_a_circle() -> None:
 def test_toys_go_by_name() -> None:
     assert toy_model("toy").info.model_id == "toy"
     assert toy_model("toy:free").info.model_id == "toy:free"
-    with pytest.raises(ValueError, match="the toy models are toy and toy:free"):
+    with pytest.raises(ValueError, match="the toy models are toy, toy:rows and toy:free"):
         toy_model("toy:big")
