@@ -207,12 +207,9 @@ class Engine:
         starts: list[int] = batch.logit_starts.tolist()
         policy_budget = self._scheduler.draft_budget()
         for index, verdict in enumerate(verdicts_of(entries, logits, starts)):
-            entry = entries[index]
-            sequence = entry.sequence
+            entry, sequence = entries[index], entries[index].sequence
             sequence.state_len += len(entry.segment.token_ids)
-            member = sequence.member
-            if member is not None and member.known_len < len(sequence.token_ids):
-                feed(sequence, self._memory, events)
+            feed(sequence, self._memory, events)
             if verdict is not None:
                 rows = logits[starts[index] : starts[index + 1]]
                 self._commit(entry, verdict, rows, facts, policy_budget, events)
@@ -353,9 +350,8 @@ class Engine:
         sequence = self._sessions.get(command.session_id)
         if sequence is None:
             message = "the session is not known here"
-            events.append(
-                MemberRemoved(command.member_id, command.session_id, Reason.SESSION_NOT_FOUND, message)
-            )
+            names = command.member_id, command.session_id
+            events.append(MemberRemoved(*names, Reason.SESSION_NOT_FOUND, message))
             return
         self._members.add(command, sequence, events)
         self._introduce(sequence, events)

@@ -15,16 +15,16 @@ from verifier_service.state_memory import StateMemory
 
 def feed(sequence: Sequence, memory: StateMemory, events: list[Event]) -> None:
     """Tells the session's member, if it has one, what it lacks and can have now."""
-    member, base_len = sequence.member, sequence.base_len
-    if member is None or member.known_len >= base_len:
-        return
-    start, end = member.known_len, base_len
+    member = sequence.member
+    if member is None or member.known_len == len(sequence.token_ids):
+        return  # as nearly always: this is asked once a session and step
+    start, base_len = member.known_len, sequence.base_len
     if not member.reads_rows:
         events.append(MemberContext(member.member_id, start, tuple(sequence.token_ids[start:])))
         member.known_len = base_len
         return
-    if sequence.state_len < base_len - 1:
-        end = sequence.state_len
+    # The last id comes although it has no row: it is the anchor.
+    end = base_len if sequence.state_len >= base_len - 1 else sequence.state_len
     if end <= start:
         return
     rows_end = min(end, base_len - 1)

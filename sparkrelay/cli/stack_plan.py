@@ -13,6 +13,9 @@ VERIFIER_PORT = 7071
 DRAFTER_PORT = 7072
 HEALTH_OFFSET = 100
 LOOPBACK = "127.0.0.1"
+ROW_KINDS = frozenset(
+    {"dspark", "dflash", "mtp"}
+)  # what they read is made by the verifier, with the draft's projector
 QUICK_REDIAL = (
     "--backoff-max-ms",
     "300",
@@ -27,7 +30,7 @@ class StackOptions:
     """What kind of stack is wanted.
 
     drafter        kind of draft model, or "none" for plain decoding
-    drafter_model  for the kind causal_lm; "" is the target itself
+    drafter_model  for the kind causal_lm, "" is the target itself; for the kinds that read context rows, the draft's folder
     drain_ms       how long running turns may go on when the stack is told to end
     flags          further flags of one service, by its name without number: {"verifier": ("--exact",)}
     """
@@ -80,7 +83,8 @@ def plan_stack(
     pick_port = _each_once(pick_port)
     target = ("--model", options.model, "--dtype", options.dtype, "--depth-policy", options.depth_policy)
     threads = plan_threads(cores, options.drafter_count)
-    flags = (*target, "--threads", str(threads.verifier))
+    context = ("--context", options.drafter_model) if options.drafter in ROW_KINDS else ()
+    flags = (*target, *context, "--threads", str(threads.verifier))
     verifier = _process(
         options, "verifier", VERIFIER_PORT, pick_port, flags, "verifier_service", threads.environment
     )
@@ -138,6 +142,8 @@ def plan_drafter(
     arguments += ["--threads", str(threads.drafter)]
     if options.drafter == "causal_lm":
         arguments += ["--model", options.drafter_model or options.model]
+    if options.drafter in ROW_KINDS:
+        arguments += ["--model", options.drafter_model, "--target", options.model]
     port = DRAFTER_PORT + number - 1
     return _process(options, name, port, pick_port, arguments, "drafter_service", threads.environment)
 

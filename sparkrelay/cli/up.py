@@ -43,11 +43,17 @@ def up(
         str, typer.Option(help="The target: a name of `sparkrelay models list`, a folder, a hub id, or toy.")
     ] = "smollm2-135m",
     drafter: Annotated[
-        str, typer.Option(help="Kind of draft model: ngram, causal_lm, or none for plain decoding.")
+        str,
+        typer.Option(
+            help="Kind of draft model: ngram, causal_lm, dspark, dflash, mtp, or none for plain decoding."
+        ),
     ] = "ngram",
     drafters: Annotated[int, typer.Option(min=1, max=16, help="How many drafters to start.")] = 1,
     drafter_model: Annotated[
-        str, typer.Option(help="Model of a causal_lm drafter; left out: the target's.")
+        str,
+        typer.Option(
+            help="A causal_lm's model; left out: the target's. The folder of a dspark, dflash or mtp draft."
+        ),
     ] = "",
     dtype: Annotated[
         str, typer.Option(help="Type of the target's weights: bfloat16 or float32.")
@@ -69,6 +75,7 @@ def up(
     from sparkrelay.cli.stack_plan import StackOptions, free_port, plan_stack
 
     require_model(model)
+    require_draft(drafter, drafter_model)
     options = StackOptions(
         model=model,
         drafter=drafter,
@@ -94,6 +101,22 @@ def require_model(model: str) -> None:
 
     if model.partition(":")[0] != TOY:
         store.resolve(model)
+
+
+def require_draft(drafter: str, drafter_model: str) -> None:
+    """A draft that is trained for one target must be named. Exits with the next step; raises as `require_model`."""
+    from sparkrelay.cli.stack_plan import ROW_KINDS
+
+    if drafter not in ROW_KINDS:
+        return
+    if not drafter_model:
+        print(
+            f"error: --drafter {drafter} needs --drafter-model: the folder of a draft trained for the target\n"
+            "(`sparkrelay train` makes one).",
+            file=sys.stderr,
+        )
+        raise typer.Exit(2)
+    require_model(drafter_model)
 
 
 def refuse_a_second_stack() -> None:

@@ -55,6 +55,18 @@ def test_drafter_none_is_a_stack_without_drafters() -> None:
     assert plan_stack(StackOptions(drafter="none"), 2, free_port).drafters == ()
 
 
+def test_the_verifier_makes_the_rows_that_a_trained_draft_reads() -> None:
+    for kind in ("dspark", "dflash", "mtp"):
+        plan = plan_stack(
+            StackOptions(model="some-model", drafter=kind, drafter_model="./draft"), 2, free_port
+        )
+        assert argument(plan.verifier.arguments, "--context") == "./draft"
+        (drafter,) = plan.drafters
+        assert argument(drafter.arguments, "--model") == "./draft"
+        assert argument(drafter.arguments, "--target") == "some-model"
+    assert "--context" not in plan_stack(StackOptions(), 2, free_port).verifier.arguments
+
+
 def test_a_causal_lm_drafter_without_a_model_gets_the_target_itself() -> None:
     plan = plan_stack(StackOptions(model="some-model", drafter="causal_lm"), 2, free_port)
     assert argument(plan.drafters[0].arguments, "--model") == "some-model"
