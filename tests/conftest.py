@@ -5,11 +5,16 @@ from __future__ import annotations
 from collections.abc import Generator, Iterator
 
 import pytest
+from hypothesis import settings
 
 from sparkrelay.store import ModelFiles, NotPulled, StoreError, default_paths, find, pull_model, resolve
 from tests.requirements import report_lines, unavailable
 
 DEMO_MODEL = "smollm2-135m"
+
+# No test asserts a time: on a busy machine an example may take any.
+settings.register_profile("untimed", deadline=None)
+settings.load_profile("untimed")
 
 
 @pytest.fixture(scope="session")

@@ -61,9 +61,10 @@ class CallGuard:
         """Cancels the call if it still runs; ending twice, or ending what is over, is no error."""
         call, self._call = self._call, None
         if call is not None:
-            call.cancel()
+            # In this order: whoever reads the call may close the client as soon as it is cancelled.
             if self._after is not None and not over:
                 self._after()
+            call.cancel()
 
     def __del__(self) -> None:
         call, after = self._call, self._after

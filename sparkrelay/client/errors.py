@@ -186,6 +186,8 @@ def was_never_sent(failure: grpc.RpcError) -> bool:
     """
     if status_of(failure) is not grpc.StatusCode.UNAVAILABLE:
         return False
+    if refusal_of(failure).reason is not Reason.UNSPECIFIED:
+        return False  # a gateway has answered; it may quote what it was told of a verifier
     details = failure.details() if callable(getattr(failure, "details", None)) else ""
     return "failed to connect to all addresses" in str(details)
 

@@ -18,6 +18,8 @@ from sparkrelay.client import DeadlineExceeded, InvalidRequest, Unavailable
 from sparkrelay.client.address import resolve_address
 from sparkrelay.client.requests import GenerateOptions, generate_request
 from sparkrelay.client.retries import RetryBudget, RetryPolicy
+from sparkrelay.errors import abort
+from sparkrelay.outcomes import Reason, Refusal
 from sparkrelay.v1 import gateway_service_pb2 as gateway_pb
 from sparkrelay.v1 import gateway_service_pb2_grpc as gateway_grpc
 from tests.gateway.fake_verifier import continuation, running
@@ -146,6 +148,30 @@ async def test_a_turn_that_was_sent_is_never_sent_again_but_resumed_if_it_may(
         with pytest.raises(Unavailable, match="a proxy lost the gateway"):
             await client.generate(token_ids=PROMPT, resume=resume)
     assert attempts == calls
+    await server.stop(0)
+
+
+async def test_a_gateway_that_quotes_a_connection_error_has_answered_and_is_not_asked_again() -> None:
+    calls: list[str] = []
+    words = "No verifier is reachable (127.0.0.1:1: failed to connect to all addresses; Connection refused)."
+
+    class Gateway(gateway_grpc.GatewayServiceServicer):
+        async def Generate(self, request, context):  # type: ignore[no-untyped-def]
+            calls.append(request.WhichOneof("input"))
+            await abort(context, Refusal(Reason.NO_VERIFIER, words))
+            yield
+
+    refuse_abstract(Gateway)
+    server = grpc.aio.server()
+    gateway_grpc.add_GatewayServiceServicer_to_server(Gateway(), server)
+    port = server.add_insecure_port("127.0.0.1:0")
+    await server.start()
+    async with sparkrelay.aio.connect(f"127.0.0.1:{port}") as client:
+        for resume in (True, False):
+            with pytest.raises(Unavailable, match="No verifier") as refused:
+                await client.generate(token_ids=PROMPT, resume=resume)
+            assert refused.value.reason == "NO_VERIFIER"
+    assert calls == ["tokens", "tokens"]
     await server.stop(0)
 
 
