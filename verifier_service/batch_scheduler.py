@@ -16,6 +16,7 @@ from verifier_service.depth_policies import DepthPolicy, DepthQuestion, level
 from verifier_service.ragged_batch import Segment
 from verifier_service.sequence import Sequence, Turn
 from verifier_service.state_memory import StateMemory
+from verifier_service.step_curve import GUESS, KEY_BLOCK, StepCurve, StepShape
 from verifier_service.waiting_rule import Boundary, at_boundary, is_pending
 
 PROMPT_SHARE = 4  # one row in so many is kept for prompts while any is to be read
@@ -39,11 +40,20 @@ class StepPlan:
 
 
 class BatchScheduler:
-    """The queue, the running sequences and the plan of each step. Deterministic; its clock is an argument."""
+    """The queue, the running sequences and the plan of each step. Deterministic; its clock is an argument.
+
+    curve  how long steps take, corrected by `observe`; None: a guess to begin with
+    """
 
     def __init__(
-        self, memory: StateMemory, policy: DepthPolicy, step_token_budget: int, wait_limit_us: int
+        self,
+        memory: StateMemory,
+        policy: DepthPolicy,
+        step_token_budget: int,
+        wait_limit_us: int,
+        curve: StepCurve | None = None,
     ) -> None:
+        self._curve = curve or StepCurve(GUESS)
         self._memory = memory
         self._policy = policy
         self._step_token_budget = step_token_budget
@@ -97,7 +107,7 @@ class BatchScheduler:
         if readers:
             row_limit -= row_limit // PROMPT_SHARE
         entering, anchor_rows = self._within(row_limit, boundary.entering)
-        depths = self._depths(entering, anchor_rows, row_limit)
+        depths = self._depths(entering, anchor_rows, row_limit, self._prompt_rows(readers, anchor_rows))
         entries = self._decoding_entries(entering, depths)
         if readers:
             left = self._step_token_budget - sum(entry.segment.row_count for entry in entries)
@@ -146,7 +156,20 @@ class BatchScheduler:
             self.running[sequence.sequence_id] = self.running.pop(sequence.sequence_id)
         return served, row_count
 
-    def _depths(self, entering: list[Sequence], anchor_rows: int, row_limit: int) -> list[int]:
+    def observe(self, entries: Ordered[Entry], row_count: int, took_us: int) -> None:
+        """A step is over that took so long, by a clock; 0 if nobody measures."""
+        if took_us > 0:
+            keys = sum([entry.segment.start // KEY_BLOCK for entry in entries])
+            self._curve.observe(StepShape(row_count, len(entries), keys + len(entries)), took_us)
+
+    def _prompt_rows(self, readers: Ordered[Sequence], anchor_rows: int) -> int:
+        """Rows of the step that prompts will take, if no draft takes them."""
+        wanted = sum(sequence.base_len - sequence.state_len for sequence in readers)
+        return min(wanted, max(0, self._step_token_budget - anchor_rows))
+
+    def _depths(
+        self, entering: list[Sequence], anchor_rows: int, row_limit: int, prompt_rows: int
+    ) -> list[int]:
         """[entering] how deep each session's block is checked; decided for all of them together."""
         depths = [0] * len(entering)
         fixed_depths = 0
@@ -170,9 +193,11 @@ class BatchScheduler:
             question = DepthQuestion(
                 confidences=confidences,
                 max_depths=most,
-                fixed_row_count=anchor_rows + fixed_depths,
+                fixed_row_count=anchor_rows + fixed_depths + prompt_rows,
                 session_count=len(entering),
                 row_limit=max(0, draft_rows - fixed_depths),
+                key_block_count=sum([1 + sequence.state_len // KEY_BLOCK for sequence in entering]),
+                curve=self._curve,
             )
             for index, depth in zip(free, self._policy.depths(question), strict=True):
                 depths[index] = depth

@@ -44,6 +44,7 @@ from verifier_service.ragged_batch import RaggedBatch
 from verifier_service.sequence import Sequence
 from verifier_service.sessions import Sessions
 from verifier_service.state_memory import StateMemory
+from verifier_service.step_curve import StepCurve
 
 CATCH_UP_ROWS = 16  # a model that had to go back further after a rejection reads again as if it were a prompt
 
@@ -112,8 +113,8 @@ class EngineLoad:
 
 
 class Engine:
-    """See the module. `measure_us` is a clock that is only reported, never decided by: rounds say how long the forward took.
-    `stopwatch`, which the model shares, is what steps say where their time went by."""
+    """See the module. `measure_us` is a clock that says how long the forward took: to rounds, and to the `curve` by which
+    an adaptive policy decides. `stopwatch`, which the model shares, is what steps say where their time went by."""
 
     def __init__(
         self,
@@ -122,6 +123,7 @@ class Engine:
         policy: DepthPolicy,
         measure_us: Callable[[], int] | None = None,
         stopwatch: Stopwatch | None = None,
+        curve: StepCurve | None = None,
     ) -> None:
         self._model = model
         self._settings = settings
@@ -130,7 +132,7 @@ class Engine:
         leftover_limit = settings.block_count * settings.leftover_percent // 100
         self._memory = StateMemory(model, settings.block_count, leftover_limit)
         self._scheduler = BatchScheduler(
-            self._memory, policy, settings.step_token_budget, settings.block_wait_us
+            self._memory, policy, settings.step_token_budget, settings.block_wait_us, curve
         )
         self._members = Members()
         context_limit = min(settings.context_limit or model.info.context_limit, model.info.context_limit)
@@ -161,9 +163,8 @@ class Engine:
         if not plan.entries:
             return StepResult(events, plan.due_us)
         profile = self._compute(plan.entries, now_us, events)
-        return StepResult(
-            events, now_us if self._scheduler.running or self._scheduler.queue else None, profile
-        )
+        more = self._scheduler.running or self._scheduler.queue
+        return StepResult(events, now_us if more else None, profile)
 
     def _obey(self, command: Command, now_us: int, events: list[Event]) -> None:
         match command:
@@ -216,6 +217,8 @@ class Engine:
             # Only now, when rejected drafts are forgotten, and only if another block of the index is full: this is the hot path.
             if sequence.state_len // PREFIX_BLOCK > entry.segment.start // PREFIX_BLOCK:
                 self._memory.grown(sequence)
+        took_us = self._measure_us() - before_us if self._measure_us is not None else 0
+        self._scheduler.observe(entries, batch.row_count, took_us)
         return self._stopwatch.profile(batch.row_count, len(entries))
 
     def _commit(

@@ -62,7 +62,8 @@ class VerifierSettings(ServiceSettings):
         description="Threads to compute with; 0 takes one a physical core, within the container's quota.",
     )
     depth_policy: str = Field(
-        "auto", description="How deep drafts are checked: off, fixed:K with K from 0 to 15, or auto."
+        "auto",
+        description="How deep drafts are checked: off, fixed:K with K from 0 to 15, threshold:T, adaptive, algorithm1, or auto.",
     )
     block_wait_ms: int = Field(
         50, ge=0, le=60_000, description="The longest a step waits for a drafter's block; 0 never waits."

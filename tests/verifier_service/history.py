@@ -55,6 +55,8 @@ from verifier_service.events import (
 )
 from verifier_service.models.toy import TOY_CONTEXT, SnapshotToyModel, ToyModel
 
+POLICIES = ("auto", "fixed:7", "fixed:2", "off", "adaptive", "adaptive", "threshold:0.5", "algorithm1")
+
 
 class History:
     def __init__(self, seed: int) -> None:
@@ -75,7 +77,7 @@ class History:
                 max_queued_turns=self.random.choice((1, 4)),
                 leftover_percent=self.random.choice((0, 25, 100)),
             ),
-            parse_depth_policy(self.random.choice(("auto", "fixed:7", "fixed:2", "off"))),
+            parse_depth_policy(self.random.choice(POLICIES)),
         )
         self.context_limit = min(CONTEXT_LIMIT, self.block_count * BLOCK_TOKENS)
         self.now_us = 0
@@ -208,7 +210,7 @@ class History:
         elif kind == "hostile":
             base_len = rng.choice((-5, 0, base_len + 1, 10**6))
         token_ids = token_ids or [1]
-        confidences = tuple(rng.choice((0.9, 0.5, 7.0, -1.0, float("nan"))) for _ in token_ids)
+        confidences = tuple(rng.choice((0.9, 0.5, 1.0, 0.0, 7.0, -1.0, float("nan"))) for _ in token_ids)
         turn_id = rng.choice(("", member.turn_id))
         block = BlockArrived(member_id, base_len, tuple(token_ids), confidences, 10, 20, self.now_us, turn_id)
         member.blocks.append(block)
