@@ -30,6 +30,8 @@ from sparkrelay.store import StoreError, resolve
 
 READ_ROWS = 512
 """Context rows of one call beyond which sessions wait for the next: a long prompt must not hold up everybody's blocks."""
+FEW_ROWS = 32
+"""A session with at most so many new rows is in the middle of a turn and never waits."""
 
 
 class BlockModel:
@@ -115,8 +117,10 @@ class BlockModel:
             session.begin(request)
             end = len(request.ids) - 1
             start = session.cache.length
-            stop = min(end, start + max(left, 1))
-            left -= stop - start
+            stop = end
+            if end - start > FEW_ROWS:
+                stop = min(end, start + left)
+                left -= stop - start
             ends[request.session_key] = stop
             for span in request.rows.spans(start, stop):
                 rows = torch.from_numpy(span.rows.copy()).view(torch.bfloat16).to(self._dtype)

@@ -23,6 +23,7 @@ from drafter_service.models import (
     TurnRules,
     load_model,
 )
+from drafter_service.models.dspark import drafter
 from drafter_service.models.dspark.checkpoint import save_draft
 from drafter_service.models.dspark.drafter import BlockModel, projector_hash
 from drafter_service.models.dspark.network import DSparkNetwork
@@ -208,6 +209,26 @@ def test_forgetting_loses_nothing_but_time(make: Make) -> None:
     model.forget(1)
     model.forget(99)
     assert one(model, stories[0].request(20)) == first
+
+
+def test_long_prompts_wait_for_each_other_and_nobody_for_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(drafter, "READ_ROWS", 40)
+    network = block_network()
+    stories = [block_story(network, seed) for seed in (1, 2, 3)]
+    model = block_model(network)
+    one(model, stories[2].request(55, key=2))
+    requests = [stories[key].request(length, key=key) for key, length in enumerate((59, 60, 58))]
+    first = model.draft(requests)
+    assert first[:2] == [None, None] and first[2] is not None
+    waiting, calls = requests[:2], 0
+    while waiting:
+        answers = model.draft(waiting)
+        for request, answer in zip(waiting, answers, strict=True):
+            assert answer is None or answer == one(block_model(network), request)
+        waiting = [r for r, answer in zip(waiting, answers, strict=True) if answer is None]
+        calls += 1
+    assert 1 <= calls <= 3
+    assert first[2] == one(block_model(network), requests[2])
 
 
 def test_memory_has_a_limit() -> None:
