@@ -17,10 +17,11 @@ import torch
 from transformers import AutoModelForCausalLM
 from transformers.utils import logging as transformers_logging
 
+from sparkrelay.device.attention_step import AttentionStep
+from sparkrelay.device.direct_decoder import DirectDecoder
 from sparkrelay.device.flat_attention import (
     ATTENTION_NAME,
     AttentionPlan,
-    AttentionStep,
     UnsupportedAttention,
     register_attention,
 )
@@ -28,9 +29,9 @@ from sparkrelay.device.flat_batch import FlatBatch, FlatEntry
 from sparkrelay.device.kv_layout import LayoutRecorder, UnsupportedModel, layout_of
 from sparkrelay.device.packed_linear import PackedLinear, pack_linears
 from sparkrelay.device.padded_experts import register_experts
-from sparkrelay.device.slab import KVLayout, SlabState, round_up
+from sparkrelay.device.product_attention import VALUE_KEYS
+from sparkrelay.device.slab import KVLayout, SlabPool, SlabState, round_up
 from sparkrelay.device.step_profile import Stopwatch
-from sparkrelay.device.workspace import Workspace
 
 __all__ = ["FlatBatch", "FlatCausalLM", "FlatEntry", "FlatOutput", "UnsupportedModel"]
 
@@ -39,6 +40,10 @@ NEIGHBOUR_DEPENDENT_ROPE: Final = frozenset({"dynamic", "longrope"})
 """RoPE variants of transformers that scale every row by the largest position in the batch."""
 ROW_MULTIPLE: Final = 4
 """Rows of exact mode's products; smaller and odd counts go through other kernels. `numerics` may find that 8 or 16 are needed."""
+
+COMPARED_ROWS: Final = 16
+DIRECT_TOLERANCE: Final = {torch.bfloat16: 0.1, torch.float32: 1e-4}
+"""How far the logits of layers that are written out may be from the model's own, as a share of their norm."""
 
 DtypeName = Literal["bfloat16", "float32"]
 
@@ -67,11 +72,13 @@ class FlatCausalLM:
         self.row_multiple = ROW_MULTIPLE if exact else 1
         self.config = model.config.get_text_config()
         self.dtype: torch.dtype = model.get_input_embeddings().weight.dtype
-        self._workspace = Workspace(self.dtype, device)
+        self.value_keys = VALUE_KEYS[self.dtype][0]
         self.hidden_size = int(self.config.hidden_size)
         self.layout: KVLayout
         self.vocab_size: int
         self.layout, self.vocab_size = self._explore()
+        self._pool = SlabPool(self.layout, self.dtype, device)
+        self._direct: DirectDecoder | None = None
 
     @classmethod
     def load(
@@ -101,6 +108,7 @@ class FlatCausalLM:
         flat = cls(model, exact=exact, device=torch.device(device), name=name, stopwatch=stopwatch)
         if device == "cpu":
             pack_linears(model, stopwatch)
+            flat._write_out()
         return flat
 
     @property
@@ -146,7 +154,7 @@ class FlatCausalLM:
 
     def new_state(self) -> SlabState:
         """An empty sequence."""
-        return SlabState(self.layout, self.dtype, self._device)
+        return SlabState(self._pool)
 
     def forward(self, batch: FlatBatch) -> torch.Tensor:
         """Logits of the kept rows, float32 [K, vocab]; the entries' states then hold the rows of the batch."""
@@ -158,17 +166,26 @@ class FlatCausalLM:
         row_count, kept_count = len(batch.token_ids), len(batch.kept_rows)
         padded_count = round_up(row_count, self._row_multiple)
         step = AttentionStep(
-            self.layout, batch.entries, padded_count, self._row_multiple, self._workspace, self._stopwatch
+            self.layout,
+            batch.entries,
+            padded_count,
+            self._row_multiple,
+            self.value_keys,
+            self._device,
+            self._stopwatch,
         )
         ids = _padded(batch.token_ids, padded_count)
         positions = _padded(batch.positions(), padded_count)
         kept = _padded(batch.kept_rows, round_up(kept_count, self._row_multiple))
-        with self._tapped(taps) as hidden:
-            logits = self._call(ids, positions, kept, step)
+        if self._direct is not None:
+            logits, hidden = self._call_direct(self._direct, ids, positions, kept, step, taps)
+        else:
+            with self._tapped(taps) as hidden:
+                logits = self._call(ids, positions, kept, step)
         for entry in batch.entries:
             entry.state.length = entry.end
         return FlatOutput(
-            logits[:kept_count].float(), {layer: rows[0, :row_count] for layer, rows in hidden.items()}
+            logits[:kept_count].float(), {layer: rows[:row_count] for layer, rows in hidden.items()}
         )
 
     def _call(
@@ -185,6 +202,38 @@ class FlatCausalLM:
         )
         logits: torch.Tensor = output.logits[0]
         return logits
+
+    def _call_direct(
+        self,
+        direct: DirectDecoder,
+        ids: np.ndarray,
+        positions: np.ndarray,
+        kept: np.ndarray,
+        plan: AttentionStep,
+        taps: Sequence[int],
+    ) -> tuple[torch.Tensor, dict[int, torch.Tensor]]:
+        """As `_call`, without the model's own modules; and the hidden states of the tapped layers."""
+        hidden: dict[int, torch.Tensor | None] = dict.fromkeys(taps)
+        rows, places, wanted = (
+            torch.from_numpy(numbers).to(self._device) for numbers in (ids, positions, kept)
+        )
+        logits = direct.forward(rows, places, wanted, plan, hidden)
+        return logits, {layer: rows for layer, rows in hidden.items() if rows is not None}
+
+    def _write_out(self) -> None:
+        """Lets the layers be computed directly from now on, where that is possible and gives what the model's own modules do."""
+        direct = DirectDecoder.of(self._model)
+        if direct is None:
+            return
+        ids = np.arange(COMPARED_ROWS, dtype=np.int64) * 7919 % self.vocab_size
+        batches = [
+            FlatBatch(ids, (FlatEntry(self.new_state(), 0, len(ids)),), np.arange(len(ids))) for _ in "12"
+        ]
+        own = self.forward(batches[0])
+        self._direct = direct
+        difference = (self.forward(batches[1]) - own).norm() / own.norm()
+        if not difference <= DIRECT_TOLERANCE[self.dtype]:
+            self._direct = None
 
     @torch.inference_mode()
     def _explore(self) -> tuple[KVLayout, int]:
@@ -206,7 +255,7 @@ class FlatCausalLM:
         layers = self._model.get_decoder().layers if taps else ()
 
         def keep(layer: int, output: Any) -> None:
-            hidden[layer] = output[0] if isinstance(output, tuple) else output
+            hidden[layer] = (output[0] if isinstance(output, tuple) else output)[0]
 
         hooks = [
             (self._model.get_input_embeddings() if layer < 0 else layers[layer]).register_forward_hook(

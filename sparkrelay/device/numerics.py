@@ -2,8 +2,8 @@
 
 That a row's bits do not depend on its neighbours is a property of the matrix kernels of one torch build on one instruction set;
 it was measured, not proven. The probe takes the model's own linear shapes at several row counts, its attention at several
-alignments to the 512-key blocks, and whole forwards of one sequence in pieces and in company. If rows padded to a multiple of 4
-are not enough it tries 8, then 16.
+alignments of its keys, and whole forwards of one sequence in pieces and in company. If rows padded to a multiple of 4
+are not enough it tries 8, then 16, each with shorter and shorter sums over values.
 
 Two processes of equal fingerprints compute the same bits: the fingerprint is a hash of a fixed forward's logits.
 """
@@ -11,6 +11,7 @@ Two processes of equal fingerprints compute the same bits: the fingerprint is a 
 from __future__ import annotations
 
 import hashlib
+import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Final
@@ -18,21 +19,25 @@ from typing import Final
 import numpy as np
 import torch
 
-from sparkrelay.device.flat_attention import AttentionCall, AttentionStep
+from sparkrelay.device.attention_step import AttentionStep
+from sparkrelay.device.flat_attention import AttentionCall
 from sparkrelay.device.flat_batch import FlatBatch, FlatEntry
 from sparkrelay.device.flat_model import FlatCausalLM
-from sparkrelay.device.slab import KVLayout, LayerPlace, SlabKind, SlabState
+from sparkrelay.device.product_attention import VALUE_KEYS
+from sparkrelay.device.slab import KVLayout, LayerPlace, SlabKind, SlabPool, SlabState
 from sparkrelay.device.step_profile import Stopwatch
-from sparkrelay.device.workspace import Workspace
 
-RECIPE_VERSION: Final = 1
+RECIPE_VERSION: Final = 2
 ROW_MULTIPLES: Final = (4, 8, 16)
 LINEAR_ROWS: Final = (4, 8, 12, 16, 64, 256)
 LARGE_WEIGHT: Final = 1 << 26
 """Numbers in a weight from which 256 rows take too long for a start; 64 are probed."""
 PROBE_TOKENS: Final = 24
-ATTENTION_ROWS: Final = range(496, 528)
-"""Positions on both sides of a border between key blocks."""
+ATTENTION_SPANS: Final = tuple(
+    range(border - 6, border + 6) for border in (64, 128, 192, 256, 320, 384, 512, 960, 1024)
+)
+"""Positions on both sides of borders: of key ranges, and of what libraries were seen to add up in one go."""
+ATTENTION_KEYS: Final = 1100
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,12 +63,12 @@ def probe(model: FlatCausalLM) -> Numerics:
     if not model.exact:
         return _found(model, "exact mode is switched off")
     reason: str | None = None
-    for row_multiple in ROW_MULTIPLES:
-        model.row_multiple = row_multiple
+    for row_multiple, value_keys in itertools.product(ROW_MULTIPLES, VALUE_KEYS[model.dtype]):
+        model.row_multiple, model.value_keys = row_multiple, value_keys
         reason = _first_failure(model)
         if reason is None:
             return _found(model, "")
-    model.row_multiple = 1
+    model.row_multiple, model.value_keys = 1, VALUE_KEYS[model.dtype][0]
     return _found(model, f"{reason}, even with rows padded to a multiple of {ROW_MULTIPLES[-1]}")
 
 
@@ -75,7 +80,8 @@ def _found(model: FlatCausalLM, reason: str) -> Numerics:
     )
     dtype = str(model.dtype).removeprefix("torch.")
     description = (
-        f"torch {torch.__version__}, {machine}, {dtype}, recipe {RECIPE_VERSION}, rows x{model.row_multiple}"
+        f"torch {torch.__version__}, {machine}, {dtype}, recipe {RECIPE_VERSION}, rows x{model.row_multiple}, "
+        f"values x{model.value_keys}"
     )
     logits = _logits_in_pieces(model, (PROBE_TOKENS,), company=False)
     digest = hashlib.sha256(description.encode() + logits.numpy(force=True).tobytes()).hexdigest()
@@ -112,15 +118,13 @@ def _linear_failure(model: FlatCausalLM) -> str | None:
 
 def _attention_failure(model: FlatCausalLM) -> str | None:
     for kind in model.layout.kinds:
-        together = _attend(model, kind, [ATTENTION_ROWS])
-        alone = torch.cat(
-            [_attend(model, kind, [range(position, position + 1)]) for position in ATTENTION_ROWS]
-        )
-        crowded = _attend(model, kind, [ATTENTION_ROWS, range(1000, 1003), ATTENTION_ROWS])[
-            : len(ATTENTION_ROWS)
-        ]
-        if not torch.equal(together, alone) or not torch.equal(together, crowded):
-            return f"attention with {kind.kv_heads} key heads of {kind.key_dim} gives other bits alone than in company"
+        for span in ATTENTION_SPANS:
+            together = _attend(model, kind, [span])
+            alone = torch.cat([_attend(model, kind, [range(position, position + 1)]) for position in span])
+            company = [span, range(span.start + 200, span.stop + 200), range(40, 43)]
+            crowded = _attend(model, kind, [each for each in company if each.stop <= ATTENTION_KEYS])
+            if not torch.equal(together, alone) or not torch.equal(together, crowded[: len(span)]):
+                return f"attention with {kind.kv_heads} key heads of {kind.key_dim} gives other bits alone than in company"
     return None
 
 
@@ -128,10 +132,11 @@ def _attend(model: FlatCausalLM, kind: SlabKind, spans: list[range]) -> torch.Te
     """[rows, query heads, dim] of fixed random queries at the spans' positions over fixed random keys and values."""
     query_heads = int(model.config.num_attention_heads)
     layout = KVLayout((kind,), (1,), (LayerPlace(0, 0, writes=True, window=None),))
+    pool = SlabPool(layout, model.dtype, model.device)
     entries, parts = [], []
     for span in spans:
         queries, keys, values = _random_rows(model, kind, query_heads)
-        state = SlabState(layout, model.dtype, model.device)
+        state = SlabState(pool)
         state.reserve(span.stop)
         state.keys[0][0, :, : span.start] = keys[:, : span.start]
         state.values[0][0, :, : span.start] = values[:, : span.start]
@@ -139,8 +144,9 @@ def _attend(model: FlatCausalLM, kind: SlabKind, spans: list[range]) -> torch.Te
         entries.append(FlatEntry(state, span.start, len(span)))
         parts.append([rows[:, span.start : span.stop] for rows in (queries, keys, values)])
     query, key, value = (torch.cat(rows, dim=1)[None] for rows in zip(*parts, strict=True))
-    workspace = Workspace(model.dtype, model.device)
-    step = AttentionStep(layout, entries, query.shape[2], model.row_multiple, workspace, Stopwatch())
+    step = AttentionStep(
+        layout, entries, query.shape[2], model.row_multiple, model.value_keys, model.device, Stopwatch()
+    )
     call = AttentionCall(0, query, key, value, kind.key_dim**-0.5, window=None, softcap=None, sinks=None)
     return step.attend(call)[0]
 
@@ -148,11 +154,11 @@ def _attend(model: FlatCausalLM, kind: SlabKind, spans: list[range]) -> torch.Te
 def _random_rows(
     model: FlatCausalLM, kind: SlabKind, query_heads: int
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Queries, keys and values of 1024 positions, [heads, 1024, dim]; the same at every call."""
+    """Queries, keys and values of ATTENTION_KEYS positions, [heads, positions, dim]; the same at every call."""
     generator = torch.Generator().manual_seed(2)
     shapes = ((query_heads, kind.key_dim), (kind.kv_heads, kind.key_dim), (kind.kv_heads, kind.value_dim))
     queries, keys, values = (
-        torch.randn(heads, 1024, dim, generator=generator).to(model.device, model.dtype)
+        torch.randn(heads, ATTENTION_KEYS, dim, generator=generator).to(model.device, model.dtype)
         for heads, dim in shapes
     )
     return queries, keys, values

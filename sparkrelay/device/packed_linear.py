@@ -46,17 +46,18 @@ class SharedProduct:
         """[..., sizes[number]]. Each part of a product is handed out once, so that nothing stale or large is kept."""
         if rows is not self._rows or number not in self._parts:
             self._rows = rows
-            self._parts = dict(enumerate(self._product(rows).split_with_sizes(self.sizes, dim=-1)))
+            self._parts = dict(enumerate(self.rows(rows).split_with_sizes(self.sizes, dim=-1)))
         part = self._parts.pop(number)
         if not self._parts:
             self._rows = None
         return part
 
-    def _product(self, rows: torch.Tensor) -> torch.Tensor:
+    def rows(self, rows: torch.Tensor) -> torch.Tensor:
+        """The whole product, [..., sum of sizes]: the layers' results beside each other."""
         if rows.numel() == 0:
             return rows.new_empty(*rows.shape[:-1], sum(self.sizes))
         begun = self._stopwatch.clock_ns()
-        product: torch.Tensor = torch.ops.mkldnn._linear_pointwise(
+        product: torch.Tensor = torch.ops.mkldnn._linear_pointwise.default(
             rows, self._weight, self._bias, "none", [], ""
         )
         self._stopwatch.linear_ns += self._stopwatch.clock_ns() - begun
@@ -70,12 +71,12 @@ class PackedLinear(torch.nn.Module):
         super().__init__()
         self.in_features = product.in_features
         self.out_features = product.sizes[number]
-        self._product = product
-        self._number = number
+        self.product = product
+        self.number = number
 
     def forward(self, rows: torch.Tensor) -> torch.Tensor:
         """[..., in_features] -> [..., out_features]"""
-        return self._product.part(self._number, rows)
+        return self.product.part(self.number, rows)
 
 
 def pack_linears(model: torch.nn.Module, stopwatch: Stopwatch | None = None) -> int:

@@ -1,89 +1,49 @@
-"""What one sequence's keys and values are on a CPU: one contiguous slab per kind of layer.
+"""What one sequence's keys and values are on a CPU: one slot of an arena.
 
-A slab belongs to one sequence and grows in blocks of 512 tokens by copying, so that attention reads plain views and never
-gathers pages. Position p of the sequence lies at index p, always: rolling back after a rejection is a lower `length`, nothing
-moves, and stale rows behind `length` are finite and hidden by the mask. A slab is zero-filled when it is made, never left as the
-allocator gave it: one NaN behind a mask leaks into the output (0 * NaN is NaN).
+A slot belongs to one sequence and grows in blocks of 512 tokens by moving to an arena of larger ones, so that attention reads
+plain views and never gathers pages. Position p of the sequence lies at index p, always: rolling back after a rejection is a lower
+`length`, nothing moves, and stale rows behind `length` are finite and hidden by the mask.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 
-BLOCK_TOKENS = 512
-"""Growth step of a slab, and the key block of torch's CPU attention kernel: key ranges start and end at its multiples."""
+from sparkrelay.device.slab_arena import SlabArena, SlabPool
+from sparkrelay.device.slab_layout import BLOCK_TOKENS, KVLayout, LayerPlace, SlabKind, round_up
 
-
-def round_up(count: int, multiple: int) -> int:
-    """The smallest multiple of `multiple` that is at least `count`."""
-    return -(-count // multiple) * multiple
-
-
-@dataclass(frozen=True, slots=True)
-class SlabKind:
-    """What all layers of one slab have in common."""
-
-    kv_heads: int
-    key_dim: int
-    value_dim: int
-
-
-@dataclass(frozen=True, slots=True)
-class LayerPlace:
-    """Where one model layer reads its keys and values, and whether it writes them.
-
-    A layer that shares another one's (Gemma 4) names the same `kind` and `index` and does not write.
-    """
-
-    kind: int
-    index: int
-    writes: bool
-    window: int | None
-    """Positions that a row sees, itself included; None is all of them."""
-
-
-@dataclass(frozen=True, slots=True)
-class KVLayout:
-    """The state of a model's sequences: `places` by model layer, `layer_counts` (layers that write) by kind."""
-
-    kinds: tuple[SlabKind, ...]
-    layer_counts: tuple[int, ...]
-    places: tuple[LayerPlace, ...]
-
-    def bytes_per_token(self, dtype: torch.dtype) -> int:
-        """Bytes of keys and values that one position costs."""
-        numbers = sum(
-            count * kind.kv_heads * (kind.key_dim + kind.value_dim)
-            for kind, count in zip(self.kinds, self.layer_counts, strict=True)
-        )
-        return numbers * dtype.itemsize
+__all__ = ["BLOCK_TOKENS", "KVLayout", "LayerPlace", "SlabKind", "SlabPool", "SlabState", "round_up"]
 
 
 class SlabState:
     """The keys and values of one sequence. `length` is how many positions, from 0, are valid.
 
-    keys[kind]    [layers of the kind, kv_heads, capacity, key_dim]
+    keys[kind]    [layers of the kind, kv_heads, capacity, key_dim], views of the arena; empty where there is no room yet
     values[kind]  [layers of the kind, kv_heads, capacity, value_dim]
     """
 
-    __slots__ = ("_device", "_dtype", "_layout", "capacity", "keys", "length", "values")
+    __slots__ = ("_pool", "arena", "keys", "length", "slot", "values")
 
-    def __init__(self, layout: KVLayout, dtype: torch.dtype, device: torch.device) -> None:
-        self._layout = layout
-        self._dtype = dtype
-        self._device = device
+    def __init__(self, pool: SlabPool) -> None:
+        self._pool = pool
         self.length = 0
-        self.capacity = 0
+        self.arena: SlabArena | None = None
+        self.slot = 0
         self.keys: list[torch.Tensor] = []
         self.values: list[torch.Tensor] = []
+
+    def __del__(self) -> None:
         self.close()
 
     @property
+    def capacity(self) -> int:
+        """Positions that there is room for."""
+        return self.arena.capacity if self.arena is not None else 0
+
+    @property
     def byte_count(self) -> int:
-        """Bytes that the slabs hold, used or not."""
-        return self.capacity * self._layout.bytes_per_token(self._dtype)
+        """Bytes that the slot may come to hold."""
+        return self.capacity * self._pool.bytes_per_token
 
     def reserve(self, token_count: int) -> None:
         """Makes room for positions 0 to token_count - 1; what is valid is kept."""
@@ -95,11 +55,14 @@ class SlabState:
         assert capacity % BLOCK_TOKENS == 0, f"{capacity} is not a multiple of {BLOCK_TOKENS}"
         if capacity == self.capacity:
             return
-        keys, values = self._zeros(capacity)
-        length = min(self.length, capacity)
-        _copy(keys, self.keys, length)
-        _copy(values, self.values, length)
-        self.keys, self.values, self.capacity, self.length = keys, values, capacity, length
+        length, old, old_slot = min(self.length, capacity), self.arena, self.slot
+        old_keys, old_values = self.keys, self.values
+        self._move(capacity)
+        _copy(self.keys, old_keys, length)
+        _copy(self.values, old_values, length)
+        self.length = length
+        if old is not None:
+            old.give_back(old_slot)
 
     def rewind(self, length: int) -> None:
         """Forgets the positions from `length` on. ValueError where they were never valid."""
@@ -119,26 +82,30 @@ class SlabState:
 
     def fork(self) -> SlabState:
         """A second sequence that begins with the same positions."""
-        other = SlabState(self._layout, self._dtype, self._device)
+        other = SlabState(self._pool)
         other.copy_from(self, self.length)
         return other
 
     def close(self) -> None:
         """Gives the memory back. The state is then as new."""
-        self.length = 0
-        self.capacity = 0
-        self.keys, self.values = self._zeros(0)
+        arena, self.arena = self.arena, None
+        self.keys, self.values, self.length = [], [], 0
+        if arena is not None:
+            arena.give_back(self.slot)
 
-    def _zeros(self, capacity: int) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
-        keys, values = [], []
-        for kind, layers in zip(self._layout.kinds, self._layout.layer_counts, strict=True):
-            shape = (layers, kind.kv_heads, capacity)
-            keys.append(torch.zeros(*shape, kind.key_dim, dtype=self._dtype, device=self._device))
-            values.append(torch.zeros(*shape, kind.value_dim, dtype=self._dtype, device=self._device))
-        return keys, values
+    def _move(self, capacity: int) -> None:
+        """To an empty slot of that capacity; to nowhere for 0."""
+        if capacity == 0:
+            self.arena, self.keys, self.values = None, [], []
+            return
+        self.arena, self.slot = self._pool.take(capacity)
+        self.keys = [slabs[:, self.slot] for slabs in self.arena.keys]
+        self.values = [slabs[:, self.slot] for slabs in self.arena.values]
 
 
 def _copy(to: list[torch.Tensor], source: list[torch.Tensor], length: int) -> None:
     """The first `length` positions of each slab."""
+    if length == 0:
+        return
     for new, old in zip(to, source, strict=True):
         new[:, :, :length] = old[:, :, :length]

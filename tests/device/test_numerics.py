@@ -8,7 +8,7 @@ import pytest
 import torch
 from transformers import LlamaConfig, Qwen3MoeConfig
 
-from sparkrelay.device import flat_attention, numerics
+from sparkrelay.device import numerics, product_attention
 from sparkrelay.device.flat_model import FlatCausalLM
 from sparkrelay.device.numerics import probe
 from sparkrelay.device.packed_linear import SharedProduct, pack_linears
@@ -62,11 +62,11 @@ def test_a_kernel_that_needs_eight_rows_gets_eight(path: Path, monkeypatch: pyte
 
 def test_attention_that_looks_at_the_neighbours_is_found(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model = FlatCausalLM.load(path, dtype="float32")
-    plain = flat_attention.scaled_dot_product_attention
+    plain = product_attention._sums
     monkeypatch.setattr(
-        flat_attention,
-        "scaled_dot_product_attention",
-        lambda query, *rest, **more: plain(query, *rest, **more) * (1 + 1e-6 * query.shape[2]),
+        product_attention,
+        "_sums",
+        lambda weights, *rest: plain(weights, *rest) * (1 + 1e-6 * weights.shape[1]),
     )
     found = probe(model)
     assert not found.exact and "attention with 2 key heads of 32" in found.reason

@@ -7,7 +7,15 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sparkrelay.device.slab import BLOCK_TOKENS, KVLayout, LayerPlace, SlabKind, SlabState, round_up
+from sparkrelay.device.slab import (
+    BLOCK_TOKENS,
+    KVLayout,
+    LayerPlace,
+    SlabKind,
+    SlabPool,
+    SlabState,
+    round_up,
+)
 
 CPU = torch.device("cpu")
 LAYOUT = KVLayout(
@@ -24,7 +32,7 @@ LAYOUT = KVLayout(
 
 
 def new_state() -> SlabState:
-    return SlabState(LAYOUT, torch.float32, CPU)
+    return SlabState(SlabPool(LAYOUT, torch.float32, CPU))
 
 
 def write(state: SlabState, start: int, stop: int) -> None:
