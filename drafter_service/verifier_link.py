@@ -53,6 +53,9 @@ FEED_CREDIT_BYTES = 4 * 2**20
 PARTING_S = 1.0
 """What the end of a conversation may take before it is left to itself: a lost verifier must be known as lost."""
 
+CUT_WHILE_WRITING = "Internal error from Core"
+"""What gRPC's Python client says of a stream that the server ended during a write: the status is lost to it."""
+
 # Refusals that stand until somebody changes a setting: no need to knock often.
 LASTING = frozenset(
     (

@@ -38,7 +38,7 @@ def negotiate(
         )
     differing = _differences(hello.fingerprint, verifier, block_limit)
     if differing:
-        raise _refused(Reason.FINGERPRINT_MISMATCH, differing)
+        raise _refused(Reason.FINGERPRINT_MISMATCH, differing, "; give the drafter what the verifier has")
     return Greeted(hello, version, hello.fingerprint.block_size or block_limit)
 
 
@@ -65,8 +65,8 @@ def _differences(drafter: Fingerprint, verifier: Fingerprint, block_limit: int) 
     return found
 
 
-def _refused(reason: Reason, fields: list[tuple[str, str]]) -> RemoteProtocolError:
-    message = "; ".join(f"{name}: {what}" for name, what in fields)
+def _refused(reason: Reason, fields: list[tuple[str, str]], next_step: str = "") -> RemoteProtocolError:
+    message = "; ".join(f"{name}: {what}" for name, what in fields) + next_step
     return RemoteProtocolError(
         reason, message, violations=tuple(FieldViolation(name, what) for name, what in fields)
     )

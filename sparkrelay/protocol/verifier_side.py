@@ -153,7 +153,8 @@ class VerifierSide:
         kind = type(frame)
         if self.state not in RECEIVES[kind]:
             raise RemoteProtocolError(
-                Reason.PROTOCOL_VIOLATION, f"{kind.__name__} is not allowed: {self.state.value}"
+                Reason.PROTOCOL_VIOLATION,
+                f"{kind.__name__} is not allowed: {self.state.value}; send hello first, and once",
             )
         return self._receive[kind](frame)
 
