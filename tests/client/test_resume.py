@@ -44,7 +44,7 @@ def shown(whole: Generation) -> tuple[object, ...]:
 
 
 @given(CUTS, st.booleans())
-@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_wherever_the_connection_is_cut_the_turn_is_the_undisturbed_one_and_ran_once(
     cuts: list[int], blocking: bool
 ) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import sqlite3
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -119,12 +121,14 @@ def test_a_gateway_killed_at_any_moment_leaves_a_verifier_without_its_turns(own_
 def test_with_a_journal_on_disk_turns_are_resumed_at_the_gateway_that_is_started_again(
     own_stack: StartStack, tmp_path: Path
 ) -> None:
-    flags = {**TOY.flags, "gateway": ("--journal", f"sqlite:{tmp_path / 'journal.db'}")}
+    file = tmp_path / "journal.db"
+    flags = {**TOY.flags, "gateway": ("--journal", f"sqlite:{file}")}
     stack = own_stack(replace(TOY, flags=flags))
     with connect(stack.gateway) as client:
         whole = client.generate(**LONG_TURN)
         with client.generate_stream(**LONG_TURN) as stream:
             deltas = after_deltas(stream, 5)
+            wait_until(lambda: written_deltas(file, stream.started.turn_id) > 0)
             stack.kill("gateway")
             stack.start_again("gateway")
             with pytest.raises(ResumeLost, match="same seed") as cut:
@@ -134,6 +138,13 @@ def test_with_a_journal_on_disk_turns_are_resumed_at_the_gateway_that_is_started
         rest = client.resume(whole.turn_id, 1000).result
         assert rest.token_ids == whole.token_ids[1000:]
         assert rest.rounds[-1] == whole.rounds[-1] and rest.usage == whole.usage
+
+
+def written_deltas(file: Path, turn_id: str) -> int:
+    """How many deltas of a turn are on disk."""
+    with closing(sqlite3.connect(file, timeout=30)) as connection:
+        (count,) = connection.execute("SELECT count(*) FROM deltas WHERE turn_id = ?", (turn_id,)).fetchone()
+    return int(count)
 
 
 def turns_under_way(stack: Stack) -> int:
