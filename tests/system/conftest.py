@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import time
 from collections.abc import Callable, Iterator
@@ -61,12 +62,49 @@ def toy_stack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
 
 
 @pytest.fixture(scope="session")
-def demo_stack(tmp_path_factory: pytest.TempPathFactory, demo_model: ModelFiles) -> Iterator[Stack]:
-    """The same with the demo model."""
+def demo_draft(tmp_path_factory: pytest.TempPathFactory, demo_model: ModelFiles) -> Path:
+    """A DSpark draft of the demo model with random weights: what it says is worthless, but it says it of context rows."""
+    import torch
+    from safetensors.torch import save_file
+
+    from drafter_service.models.dspark.checkpoint import EMBEDDING, LM_HEAD, read_config
+    from drafter_service.models.dspark.config import draft_of, to_json
+    from drafter_service.models.dspark.network import DSparkNetwork
+
+    config = draft_of(
+        read_config(demo_model.path),
+        num_hidden_layers=1,
+        target_layer_ids=(8, 22, 28),
+        mask_token_id=0,
+        block_size=4,
+        markov_rank=4,
+        enable_confidence_head=True,
+    )
+    with torch.device("meta"):
+        shapes = {name: tensor.shape for name, tensor in DSparkNetwork(config).state_dict().items()}
+    generator = torch.Generator().manual_seed(1)
+    folder = tmp_path_factory.mktemp("draft")
+    save_file(
+        {
+            name: (0.1 * torch.randn(shape, generator=generator)).bfloat16()
+            for name, shape in shapes.items()
+            if name not in (EMBEDDING, LM_HEAD)
+        },
+        folder / "model.safetensors",
+    )
+    (folder / "config.json").write_text(json.dumps(to_json(config)))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def demo_stack(
+    tmp_path_factory: pytest.TempPathFactory, demo_model: ModelFiles, demo_draft: Path
+) -> Iterator[Stack]:
+    """The same with the demo model, which makes context rows too."""
     flags = patient(3000)  # the target as its own drafter takes a while for 15 tokens
     # One thread: the bits are the same, and threads that meet at barriers crawl on a machine that is busy otherwise.
     # Nothing of an ended session stays: what a test shows of shared beginnings comes from sessions that it holds open.
-    flags["verifier"] += ("--threads", "1", "--leftover-percent", "0")
+    flags["verifier"] += ("--threads", "1", "--leftover-percent", "0", "--context", str(demo_draft))
     options = StackOptions(demo_model.name, drafter="none", log_level="debug", drain_ms=500, flags=flags)
     with running(options, tmp_path_factory.mktemp("demo")) as stack:
         yield stack

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,7 +16,7 @@ import pytest
 from sparkrelay.cli.stack import Child, Stack
 from sparkrelay.client.blocking import Client, connect
 from sparkrelay.client.results import Generation
-from tests.system.conftest import RunDrafter, drafter_state, wait_until
+from tests.system.conftest import RunDrafter, drafter_beside, drafter_state, wait_until
 
 pytestmark = pytest.mark.system
 
@@ -129,6 +130,25 @@ def test_the_demo_models_tokens_are_the_plain_ones_at_every_depth(
     with run_drafter(demo_stack, kind), connect(demo_stack.gateway) as client:
         total = counts(turns_equal_plain(client, turn, (GREEDY, FILTERED, EVERYTHING), DEPTHS))
     assert min(total[name] for name in ("drafted", "verified", "accepted", "rejected")) > 0, total
+
+
+@pytest.mark.timeout(300)
+def test_a_draft_that_reads_context_rows_has_them_in_its_first_turn_and_after_a_restart(
+    demo_stack: Stack, demo_draft: Path, tmp_path: Path
+) -> None:
+    turn = {"max_tokens": 24, "ignore_default_stop_ids": True}
+    flags = ("--model", str(demo_draft), "--target", demo_stack.plan.model)
+    with connect(demo_stack.gateway) as client:
+        plain = client.generate(messages=DEMO_MESSAGES, **turn, speculation="off").token_ids
+        with client.create_session() as session:
+            for _ in range(2):
+                with drafter_beside(demo_stack, "dspark", tmp_path, flags):
+                    asked = session.generate(
+                        messages=DEMO_MESSAGES, **turn, speculation="fixed:4", include_rounds=True
+                    )
+                assert asked.token_ids == plain
+                assert asked.rounds[0].drafted > 0, "without rows it would have nothing to say"
+                assert asked.totals.verified > asked.totals.accepted
 
 
 @pytest.mark.parametrize("sampling", [GREEDY, FILTERED, EVERYTHING])
