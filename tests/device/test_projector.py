@@ -49,6 +49,21 @@ def test_a_row_does_not_depend_on_its_company(tmp_path: Path) -> None:
         assert torch.equal(part, together[start:stop])
 
 
+def test_products_have_as_many_rows_as_the_targets_are_padded_to() -> None:
+    seen: list[int] = []
+
+    def project(side_by_side: torch.Tensor) -> torch.Tensor:
+        seen.append(len(side_by_side))
+        assert not side_by_side[5:].any(), "what pads is finite"
+        return side_by_side[:, :48]
+
+    projector = Projector((2, 0), 48, "hash", project)
+    taps = taps_of(projector, 5, 48)
+    for multiple in (1, 4, 16):
+        assert torch.equal(projector.rows(taps, multiple), taps[2])
+    assert seen == [5, 8, 16]
+
+
 def test_an_mtp_draft_reads_the_last_layer_as_it_is(tmp_path: Path) -> None:
     network = MtpNetwork(mtp_of(target_config()))
     save_draft(network, tmp_path / "draft", {}, with_vocabulary=False)
