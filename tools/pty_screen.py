@@ -24,8 +24,12 @@ from types import TracebackType
 
 import pyte
 
-# The pty becomes the child's own terminal, so that Ctrl-C typed there is a signal here.
-LAUNCH = "import os, sys; os.login_tty(0); os.execvp(sys.argv[1], sys.argv[1:])"
+# The pty becomes the child's own terminal, so that Ctrl-C typed there is a signal there. Whoever was started in the background
+# of a shell has inherited that such signals are ignored: at a terminal they are not.
+LAUNCH = (
+    "import os, signal, sys; signal.signal(signal.SIGINT, signal.SIG_DFL); os.login_tty(0); "
+    "os.execvp(sys.argv[1], sys.argv[1:])"
+)
 READ_BYTES = 65_536
 CTRL_C, CTRL_D = "\x03", "\x04"
 
