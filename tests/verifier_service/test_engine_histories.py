@@ -105,7 +105,9 @@ def test_a_beginning_that_is_not_the_sources_is_found_out(monkeypatch: pytest.Mo
         return length
 
     monkeypatch.setattr(ToyModel, "fork", one_position_wrong)
-    with pytest.raises(AssertionError, match="not what the target alone would have said"):
+    # In a life on a target with context rows, a drafter may be told a wrong row before the target says a wrong token.
+    found = "not what the target alone would have said|a row is not the one of a straight run"
+    with pytest.raises(AssertionError, match=found):
         _play(100)
 
 
