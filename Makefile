@@ -13,7 +13,7 @@ help: ## show this list
 	@echo "make demo      a real answer through all three services, checked against the big model alone"
 	@echo "make test      style, types, import rules and every test"
 	@echo "make lint      the quick part of make test: style and types"
-	@echo "make format    put the code into the project's layout, and the tree into the README"
+	@echo "make format    put the code into the project's layout, and write the pages that are made from it"
 	@echo "make protos    regenerate sparkrelay/v1 from protos/"
 	@echo "make baseline  note today's protos as the ones that may not be broken (at a release)"
 	@echo "make clean     remove .venv and everything that tools left behind"
@@ -34,6 +34,7 @@ format: setup-dev
 	@$(BIN)/ruff format .
 	@$(BIN)/python tools/readme_tree.py
 	@$(BIN)/python tools/errors_doc.py
+	@$(BIN)/python tools/settings_docs.py
 
 protos: setup-dev
 	@$(BIN)/python tools/make_stubs.py
