@@ -130,19 +130,30 @@ def run(
         ]
         if folder is not None and not options.without_transformers:
             try:
-                child = {"model": str(folder), "threads": threads}
-                peer = running.enter_context(
-                    ChildSystem(TRANSFORMERS, "benchmarks.peer_transformers", child, logs)
-                )
-                console.print("transformers: which of its settings is fastest here ...")
-                name, reached = best_mode(peer, transformers_modes(), workload, TRIAL_TOKENS, console)
-                facts[TRANSFORMERS] = {**peer.about, "settings": name, "tried": reached}
-                lanes.append(Lane(TRANSFORMERS, peer, transformers_modes()[name], (1,)))
+                lanes.append(transformers_lane(options, workload, folder, logs, running, facts, console))
             except Gap as gap:
                 gaps[TRANSFORMERS] = str(gap)
         measured = measure(lanes, workload, options.token_count, options.repeats, console)
         measured.gaps.update(gaps)
     return measured, lanes, facts
+
+
+def transformers_lane(
+    options: Options,
+    workload: Workload,
+    folder: Path,
+    logs: Path,
+    running: ExitStack,
+    facts: dict[str, dict[str, Any]],
+    console: Console,
+) -> Lane:
+    """transformers at the best of its settings, which are noted in `facts`. Raises Gap if none works."""
+    child = {"model": str(folder), "threads": options.thread_count}
+    peer = running.enter_context(ChildSystem(TRANSFORMERS, "benchmarks.peer_transformers", child, logs))
+    console.print("transformers: which of its settings is fastest here ...")
+    name, reached = best_mode(peer, transformers_modes(), workload, TRIAL_TOKENS, console)
+    facts[TRANSFORMERS] = {**peer.about, "settings": name, "tried": reached}
+    return Lane(TRANSFORMERS, peer, transformers_modes()[name], (1,))
 
 
 def transformers_modes(dtypes: Sequence[str] = ("bfloat16", "float32")) -> dict[str, Mode]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import os
 import platform
+import sys
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -135,6 +136,12 @@ def best_mode(
     if not reached:
         raise Gap("; ".join(f"{name}: {why}" for name, why in measured.gaps.items()))
     return max(reached, key=lambda name: reached[name]), reached
+
+
+def hold(console: Console) -> None:
+    """Everything is started and idle: measures when a person, or a script that has made the machine quiet, says so."""
+    console.print("all started; press Enter to measure")
+    sys.stdin.readline()
 
 
 def progress_on(console: Console) -> Progress:

@@ -37,7 +37,7 @@ from rich.table import Table
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that it also runs as a file
 
 from benchmarks.figures import as_json, rounded
-from benchmarks.measuring import Lane, Measured, finish, lanes_as_json, measure, show
+from benchmarks.measuring import Lane, Measured, finish, hold, lanes_as_json, measure, show
 from benchmarks.peer_settings import (
     PeerSettings,
     Search,
@@ -75,6 +75,7 @@ class Options:
     threads: int = 2
     vllm_python: str = ""
     vllm_gap: str = NO_VLLM
+    hold: bool = False
 
 
 def main() -> None:
@@ -119,6 +120,8 @@ def run(
                 lanes += own_lanes
             except Gap as gap:
                 gaps |= {lane.name: str(gap) for lane in own_lanes}
+        if options.hold:
+            hold(console)
         measured = measure(lanes, workload, options.token_count, options.repeats, console)
     measured.gaps |= gaps
     return measured, lanes, facts
@@ -305,6 +308,7 @@ def _options(given: argparse.Namespace, console: Console) -> Options:
         given.threads or core_count(),
         python,
         why,
+        given.hold,
     )
 
 
@@ -334,6 +338,11 @@ def _arguments() -> argparse.Namespace:
         help="the peers' best settings, written as they are found and read the next time",
     )
     add("--only-try", action="store_true", help="find the peers' best settings and end")
+    add(
+        "--hold",
+        action="store_true",
+        help="start everything, then wait for Enter before anything is measured",
+    )
     add("--model", default="smollm2-135m", help="catalogue name, folder or hub id")
     add("--dtype", default="bfloat16", choices=["bfloat16", "float32"], help="of all systems")
     add("--users", type=int, nargs="+", default=None, help="how many users at once (1 8 16)")
