@@ -38,6 +38,7 @@ from benchmarks.floor import floor_ms, weight_bytes
 from benchmarks.measuring import Lane, Measured, best_mode, finish, lanes_as_json, measure, show
 from benchmarks.systems import ChildSystem, Gap, Mode, StackSystem, stack_options_of
 from benchmarks.workload import Workload, as_tokens, default_prompts, read_prompts
+from sparkrelay.cli.demo import interrupted_by_sigterm
 from sparkrelay.cli.up import core_count
 from sparkrelay.store import resolve
 
@@ -96,7 +97,7 @@ def main() -> None:
     texts = read_prompts(map(Path, options.prompt_files)) if options.prompt_files else default_prompts()
     folder = resolve(options.model).path
     workload = as_tokens(texts, folder)
-    with tempfile.TemporaryDirectory(prefix="sparkrelay-bench-") as logs:
+    with interrupted_by_sigterm(), tempfile.TemporaryDirectory(prefix="sparkrelay-bench-") as logs:
         measured, lanes, facts = run(options, workload, folder, Path(logs), console)
     floor = Floor(weight_bytes(folder, options.dtype), float(facts["engine"].get("read_gb_per_s", 0.0)))
     result = as_result(measured, lanes, floor, facts, options)

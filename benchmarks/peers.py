@@ -49,6 +49,7 @@ from benchmarks.peer_settings import (
 from benchmarks.systems import ChildSystem, Gap, StackSystem, stack_options_of
 from benchmarks.vllm_environment import VllmSetting, install, ngram_settings, plain_settings
 from benchmarks.workload import Workload, as_tokens, default_prompts, read_prompts
+from sparkrelay.cli.demo import interrupted_by_sigterm
 from sparkrelay.cli.up import core_count
 from sparkrelay.store import resolve
 
@@ -85,7 +86,7 @@ def main() -> None:
     folder = resolve(options.model).path
     texts = read_prompts(map(Path, given.prompts)) if given.prompts else default_prompts()
     workload = as_tokens(texts, folder)
-    with tempfile.TemporaryDirectory(prefix="sparkrelay-bench-") as logs:
+    with interrupted_by_sigterm(), tempfile.TemporaryDirectory(prefix="sparkrelay-bench-") as logs:
         settings = read_settings(given.settings)
         if not settings.complete:
             search = Search(workload, console, first_only=given.quick, file=given.settings)

@@ -35,6 +35,7 @@ from benchmarks.measuring import finish, machine, show
 from benchmarks.memory_slope import Sample, Slope, resident_mib, slope_of
 from benchmarks.soak_users import Habits, Tally, User
 from benchmarks.workload import as_tokens, default_prompts
+from sparkrelay.cli.demo import interrupted_by_sigterm
 from sparkrelay.cli.stack import Stack, list_workers
 from sparkrelay.cli.stack_plan import StackOptions, any_free_port, plan_stack
 from sparkrelay.cli.up import core_count
@@ -95,7 +96,7 @@ class Soaked:
 def main() -> None:
     options, json_file = _arguments()
     console = Console(stderr=True, highlight=False)
-    with tempfile.TemporaryDirectory(prefix="sparkrelay-bench-") as folder:
+    with interrupted_by_sigterm(), tempfile.TemporaryDirectory(prefix="sparkrelay-bench-") as folder:
         soaked = soak(options, Path(folder), console)
     result = as_result(soaked, options)
     show(table(soaked, result))
