@@ -292,7 +292,9 @@ def captions(measured: Measured, floor: Floor, result: Mapping[str, Any]) -> lis
         )
     if TRANSFORMERS in result["facts"]:
         lines.append(f"transformers at its best: {result['facts'][TRANSFORMERS]['settings']}")
-    lines.append(f"cut as loops: {result['loop_share']:.0%} of the tokens")
+    lines.append(
+        f"cut as loops: {result['loop_share']:.0%} of the tokens; cores in use before: {result['busy_share_before'] or 0:.0%}"
+    )
     lines += [f"gap: {name}: {why}" for name, why in measured.gaps.items()]
     return lines
 

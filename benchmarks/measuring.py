@@ -40,6 +40,7 @@ from sparkrelay.cli.up import core_count
 SETTLE_S = 0.3  # threads of the system that ran last stop spinning
 WARM_UP_TOKENS = 8
 TRIALS = 2
+BUSY_LOOK_S = 0.5
 TABLE_WIDTH = 130
 
 
@@ -55,10 +56,14 @@ class Lane:
 
 @dataclass(slots=True)
 class Measured:
-    """Runs by lane and number of users, in the order of the repeats, and why lanes are missing."""
+    """Runs by lane and number of users, in the order of the repeats, and why lanes are missing.
+
+    busy_share  of all cores, just before, while every system waited: above a few percent something else ran, and figures suffer
+    """
 
     runs: dict[str, dict[int, list[Run]]] = field(default_factory=dict)
     gaps: dict[str, str] = field(default_factory=dict)
+    busy_share: float | None = None
 
     def of(self, lane: str, user_count: int) -> list[Run]:
         """Empty if it was not measured, or became a gap on the way."""
@@ -93,7 +98,7 @@ def measure(
     lanes: Sequence[Lane], workload: Workload, token_count: int, repeats: int, console: Console
 ) -> Measured:
     """Warms every lane up, then runs all of them `repeats` times in turn."""
-    measured = Measured()
+    measured = Measured(busy_share=busy_share())
     cells = {f"{lane.name}|{count}": (lane, count) for lane in lanes for count in lane.user_counts}
     with progress_on(console) as progress:
         task = progress.add_task("", total=(repeats + 1) * len(cells))
@@ -178,6 +183,7 @@ def lanes_as_json(measured: Measured, lanes: Sequence[Lane]) -> dict[str, Any]:
         "accepted_length": by_lane(lambda name, count: round(tokens_a_round(measured.of(name, count)), 2)),
         "loop_share": round(share_cut(all_runs), 3),
         "gaps": dict(measured.gaps),
+        "busy_share_before": measured.busy_share,
         "machine": machine(),
     }
 
@@ -185,6 +191,31 @@ def lanes_as_json(measured: Measured, lanes: Sequence[Lane]) -> dict[str, Any]:
 def machine() -> dict[str, Any]:
     """Where this was measured."""
     return {"processor": processor_name(), "cores": core_count(), "python": platform.python_version()}
+
+
+def busy_share(seconds: float = BUSY_LOOK_S, stat: Path = Path("/proc/stat")) -> float | None:
+    """How much of the cores' time is used by anything, over so many seconds, 0 to 1; None where the system does not tell."""
+    before = _cpu_times(stat)
+    time.sleep(seconds)
+    after = _cpu_times(stat)
+    if before is None or after is None or after[1] <= before[1]:
+        return None
+    return round(1 - (after[0] - before[0]) / (after[1] - before[1]), 3)
+
+
+def busy_line(result: Mapping[str, Any]) -> str:
+    """For a table's caption."""
+    share = result["busy_share_before"]
+    return "cores in use before the first run: " + ("not known here" if share is None else f"{share:.0%}")
+
+
+def _cpu_times(stat: Path) -> tuple[int, int] | None:
+    """Ticks since the machine began: idle ones (waiting for a disk included), and all."""
+    try:
+        numbers = [int(each) for each in stat.read_text(encoding="ascii").splitlines()[0].split()[1:9]]
+    except OSError:
+        return None
+    return numbers[3] + numbers[4], sum(numbers)
 
 
 def processor_name(cpuinfo: Path = Path("/proc/cpuinfo")) -> str:

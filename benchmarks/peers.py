@@ -37,7 +37,7 @@ from rich.table import Table
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that it also runs as a file
 
 from benchmarks.figures import as_json, rounded
-from benchmarks.measuring import Lane, Measured, finish, hold, lanes_as_json, measure, show
+from benchmarks.measuring import Lane, Measured, busy_line, finish, hold, lanes_as_json, measure, show
 from benchmarks.peer_settings import (
     PeerSettings,
     Search,
@@ -275,6 +275,7 @@ def captions(result: Mapping[str, Any]) -> list[str]:
         f"speculative over the fastest peer of all ({result['best_peer'] or 'nobody'}): {result['speculative_over_any_peer']}",
         *[f"{name}: {setting}" for name, setting in chosen.items() if setting],
         f"cut as loops: {result['loop_share']:.0%} of the tokens",
+        busy_line(result),
         *[f"gap: {name}: {why}" for name, why in result["gaps"].items()],
     ]
 

@@ -9,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from benchmarks.floor import floor_ms
+from benchmarks.measuring import busy_share
 from benchmarks.workload import Workload, default_prompts, read_prompts
 
 
@@ -39,3 +40,12 @@ def test_a_prompt_file_that_is_none_is_named_with_its_line(tmp_path: Path) -> No
 
 def test_the_floor_is_bytes_over_speed() -> None:
     assert floor_ms(270_000_000, 27e9) == pytest.approx(10)
+
+
+def test_the_cores_use_is_what_is_not_idle(tmp_path: Path) -> None:
+    stat = tmp_path / "stat"
+    stat.write_text("cpu 10 0 10 60 20 0 0 0 0 0\n", encoding="ascii")
+    assert busy_share(0.0, stat) is None, "no time has passed"
+    assert busy_share(0.0, tmp_path / "missing") is None
+    busy = busy_share(0.05)
+    assert busy is None or 0 <= busy <= 1
