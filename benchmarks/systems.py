@@ -25,6 +25,7 @@ from sparkrelay.cli.up import core_count
 
 ROOT = Path(__file__).resolve().parents[1]
 CHILD_END_S = 15.0
+START_LIMIT_S = 600.0  # as long as others may take to compile
 Mode = Mapping[str, Any]
 Prompts = Sequence[Sequence[int]]
 
@@ -59,7 +60,7 @@ class StackSystem:
     def __enter__(self) -> Self:
         self.stack.__enter__()
         try:
-            self.stack.wait_until_ready()
+            self.stack.wait_until_ready(timeout_s=START_LIMIT_S)
         except BaseException:
             self.__exit__(*sys.exc_info())
             raise
