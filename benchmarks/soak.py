@@ -57,7 +57,7 @@ class Options:
     minutes: float = 10.0
     sessions: int = 32
     drafter: str = "ngram"
-    state_memory_mib: int = 1024
+    state_memory_mib: int = 512
     threads: int = 0
     seed: int = 1
 
@@ -264,7 +264,7 @@ def _arguments() -> tuple[Options, str]:
     add("--model", default=usual.model, help="catalogue name, folder, hub id or toy")
     add("--drafter", default=usual.drafter, help="kind of draft model (ngram)")
     add(
-        "--state-memory-mib", type=int, default=usual.state_memory_mib, help="room for sessions' state (1024)"
+        "--state-memory-mib", type=int, default=usual.state_memory_mib, help="room for sessions' state (512)"
     )
     add("--threads", type=int, default=0, help="threads of the verifier (one a core)")
     add("--seed", type=int, default=usual.seed, help="of what users do")
