@@ -4,8 +4,9 @@
 
 Starts gateway, verifier and prompt-lookup drafter as `sparkrelay up` does. Each of the users leads sessions of several turns in a
 closed loop: prompts of 4 to 400 tokens, greedy and sampled, with and without drafter, a fifth of the turns cancelled on the way,
-a quarter of the next prompts take back a part of the conversation, a tenth of the sessions stay open until the end. The room for
-sessions' state is small (--state-memory-mib), so that sessions are evicted and read again, too.
+a quarter of the next prompts take back a part of the conversation, a tenth of the sessions stay open until the end. What the
+services keep on purpose is bounded so that it is full before the measuring begins: the room for sessions' state
+(--state-memory-mib; sessions are evicted and read again, too) and how long an ended turn can be resumed (10 s).
 
 Resident memory of each process is sampled all the time; the slope is that of a straight line through the samples after the
 warm-up (the first 30 %), with a 95 % interval. When all users have ended their sessions, nothing may be left: no state blocks in
@@ -42,6 +43,7 @@ from sparkrelay.cli.up import core_count
 from sparkrelay.store import resolve
 
 WARM_UP_SHARE = 0.3
+RESUME_KEEP_MS = 10_000
 SAMPLES = 600  # at most, over the whole run
 LEAST_INTERVAL_S = 0.1
 SETTLE_S = 20.0
@@ -121,12 +123,13 @@ def soak(options: Options, folder: Path, console: Console) -> Soaked:
 def stack_options(options: Options) -> StackOptions:
     flags = ("--state-memory-mib", str(options.state_memory_mib))
     threads = ("--threads", str(options.threads or core_count()))
+    bounds = {"verifier": (*flags, *threads), "gateway": ("--resume-keep-ms", str(RESUME_KEEP_MS))}
     return StackOptions(
         options.model,
         options.drafter,
         log_level="warning",
         drain_ms=500,
-        flags={"verifier": (*flags, *threads)},
+        flags=bounds,
     )
 
 
@@ -263,9 +266,7 @@ def _arguments() -> tuple[Options, str]:
     add("--sessions", type=int, default=usual.sessions, help="how many users at once (32)")
     add("--model", default=usual.model, help="catalogue name, folder, hub id or toy")
     add("--drafter", default=usual.drafter, help="kind of draft model (ngram)")
-    add(
-        "--state-memory-mib", type=int, default=usual.state_memory_mib, help="room for sessions' state (512)"
-    )
+    add("--state-memory-mib", type=int, default=usual.state_memory_mib, help="room for sessions' state (512)")
     add("--threads", type=int, default=0, help="threads of the verifier (one a core)")
     add("--seed", type=int, default=usual.seed, help="of what users do")
     given = parser.parse_args()
