@@ -78,9 +78,8 @@ def test_a_system_that_promises_little_gets_smaller_arenas(monkeypatch: pytest.M
         whole(self, *arguments)  # type: ignore[arg-type]
 
     monkeypatch.setattr(SlabArena, "__init__", refuse)
-    states = [SlabState(SlabPool(LAYOUT, torch.float32, CPU)) for _ in range(1)]
-    pool = states[0]._pool
-    states += [SlabState(pool) for _ in range(4)]
+    pool = SlabPool(LAYOUT, torch.float32, CPU)
+    states = [SlabState(pool) for _ in range(5)]
     for state in states:
         state.reserve(1)
     assert [state.slot for state in states] == [0, 1, 0, 1, 0]
